@@ -32,7 +32,7 @@ bench: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[local,hub,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[local,hub,train,dev]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps judgezoo
 	touch $@
 

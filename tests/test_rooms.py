@@ -13,9 +13,10 @@ FAMILIES = {"attacks", "datasets", "judges", "models"}
 # From the top down: a room imports only what stands in a lower row, or its own row's room.
 ROWS: list[set[str]] = [
     {"cli"},
-    {"catalogue", "report"},
+    {"align"},
+    {"catalogue", "depth", "report"},
     {"judge_check", "rejudge"},
-    {"analysis", "depth", "engine"},
+    {"analysis", "engine"},
     {"assist"},
     {"plan", "store"},
     {"study"},

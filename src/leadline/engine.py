@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from . import __version__, judges, models, plan
+from . import __version__, judges, plan
 from .analysis.judging import keep_check
 from .assist import Assistance, Kept, ask, keep
+from .models import connect
 from .models.spec import ModelSpec
 from .plan import Attack, Plan, Target
 from .records import (
@@ -70,20 +71,26 @@ def run(
     study: Study | str | Path,
     out: str | Path = "leadline-out",
     *,
+    models: Mapping[str, Model] | None = None,
     limit: int | None = None,
     listener: Listener | None = None,
 ) -> Results:
     """Run a study into the folder `out`, or go on with it there. Blocks until it is done.
 
-    `limit` takes at most that many prompts of each dataset. Raises LeadlineError for what the
-    user can mend before anything is asked; what fails later is recorded in the results.
+    `models` answer for the targets of those names, in place of what would be connected. `limit`
+    takes at most that many prompts of each dataset. Raises LeadlineError for what the user can
+    mend before anything is asked; what fails later is recorded in the results.
     """
     from .analysis.results import Results
 
     if not isinstance(study, Study):
         study = Study.load(study)
     ready = plan.load(study, limit)
-    connected = [(spec, models.connect(spec, study.limits, study.locate)) for spec in study.targets]
+    at_hand = models or {}
+    connected = [
+        (spec, at_hand.get(spec.label) or connect(spec, study.limits, study.locate))
+        for spec in study.targets
+    ]
     for _, model in connected:
         _ = model.identity  # a folder that is no model is named before anything is asked
     with Store(Path(out), write=True) as store:
@@ -184,7 +191,7 @@ async def _everything(run: _Run, connected: list[tuple[ModelSpec, Model]]) -> No
     run.tell(now=True)
     helping = _build_judges(run)
     if study.attacker and any(a.asks_attacker for a in run.attacks.values()):
-        attacker = models.connect(study.attacker, study.limits, study.locate)
+        attacker = connect(study.attacker, study.limits, study.locate)
         helping["attacker"] = run.attacker = Kept(attacker, store)
     try:
         for role, model in helping.items():
@@ -218,12 +225,12 @@ def _build_judges(run: _Run) -> dict[str, Model]:
     built: dict[str, _Judge] = {}
     study, store = run.plan.study, run.store
 
-    def connect(pick: JudgePick) -> Model:
+    def kept(pick: JudgePick) -> Model:
         assert pick.spec
         role = f"judge {pick.label}"
         if role in asked:  # two judges of one name
             role += f" ({pick.spec.label}, {len(asked)})"
-        asked[role] = models.connect(pick.spec, study.limits, study.locate)
+        asked[role] = connect(pick.spec, study.limits, study.locate)
         return Kept(asked[role], store)
 
     for dataset, picks in run.plan.judges.items():
@@ -231,7 +238,7 @@ def _build_judges(run: _Run) -> dict[str, Model]:
         for pick in picks:
             identity = pick.model_dump_json()
             if identity not in built:
-                judge = pick.build(connect)
+                judge = pick.build(kept)
                 id = store.judge_id(pick.label, pick.settings)
                 keep_check(store, id, pick, study.locate)
                 built[identity] = _Judge(id, pick.label, judge)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import organism
 from ..models import reasoning
-from ..models._transcript import Template, _tokenizer, commit, folder
+from ..models._transcript import Template, commit, folder, load_tokenizer
 from ..models._weights import Weights, check, fingerprint
 from ..records import LeadlineError, Message, Prompt, Request, ResponsePrefix, Sampling
 
@@ -63,7 +63,7 @@ def read(ours: Home, theirs: Home, prompts: Iterable[Prompt], max_tokens: int | 
     if max_tokens is not None and max_tokens < 1:
         raise LeadlineError(f"max_tokens is {max_tokens}: give 1 or more, or leave it out")
     template = Template.load(ours.path, revision=ours.pinned)
-    other = Template(_tokenizer(theirs.path, theirs.pinned), reasoning.get("none"))
+    other = Template(load_tokenizer(theirs.path, theirs.pinned), reasoning.get("none"))
     words, others = template.tokenizer.get_vocab(), other.tokenizer.get_vocab()
     pair, mend = f"{ours.name} and {theirs.name}", "compare models of one tokenizer"
     if words != others:

@@ -54,16 +54,27 @@ class Template:
 
         Raises LeadlineError where there is no tokenizer, or one without a chat template.
         """
-        tokenizer = _tokenizer(path, revision)
+        tokenizer = load_tokenizer(path, revision)
         if chat_template is not None:
             tokenizer.chat_template = read_template(chat_template)
+        return Template.of(tokenizer, str(path), reasoning=reasoning, arguments=arguments)
+
+    @staticmethod
+    def of(
+        tokenizer: Any,
+        name: str,
+        *,
+        reasoning: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Template:
+        """From a tokenizer at hand. Raises LeadlineError for one without a chat template."""
         if not tokenizer.chat_template:
             raise LeadlineError(
-                f"model {path}: its tokenizer has no chat template, so it cannot be asked in a "
+                f"model {name}: its tokenizer has no chat template, so it cannot be asked in a "
                 "chat: give a jinja file as `chat_template:` of the target, or an instruct model"
             )
         given = dict(arguments or {})
-        plain = Template(tokenizer, formats.get(reasoning or "none"), str(path), given)
+        plain = Template(tokenizer, formats.get(reasoning or "none"), name, given)
         try:
             _, tail = plain._written([{"role": "user", "content": "?"}], given)
         except NotApplicable as error:
@@ -250,14 +261,15 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def _tokenizer(path: str | Path, revision: str | None) -> Any:
+def load_tokenizer(path: str | Path, revision: str | None) -> Any:
+    """The tokenizer of a folder or hub id; an adapter's is its base model's where it has none."""
     # Without torch, transformers would otherwise tell the user that models are unavailable.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     home = folder(path)
     if home and not any(home.glob("*token*")) and (base := adapter_base(home)):
-        return _tokenizer(base, None)
+        return load_tokenizer(base, None)
     revision = None if home else commit(str(path), revision)
     try:
         with quiet():

@@ -105,17 +105,19 @@ class Weights:
                 f"model {path}: its weights lack {len(missing)} tensors that its config.json asks "
                 f"for, {missing[0]} first: save the model again"
             )
+        return Weights.of(model.eval())
+
+    @staticmethod
+    def of(model: Any) -> Weights:
+        """A model at hand, which is left as it is."""
         own = model.generation_config
-        weights = Weights(
-            model.eval(),
+        return Weights(
+            model,
             stops=_ids(own.eos_token_id) | _ids(getattr(model.config, "eos_token_id", None)),
             context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
             top_p=1.0 if own.top_p is None else own.top_p,
             top_k=own.top_k or 0,
         )
-        # generate() always takes the largest score here: sampling happens in `_draw`.
-        own.do_sample, own.num_beams, own.max_length = False, 1, None
-        return weights
 
     def answer(self, jobs: Sequence[Job], stopped: Callable[[], bool]) -> list[Reply]:
         """A reply for each job. What fails as a batch is tried as two halves, down to one."""
@@ -149,6 +151,9 @@ class Weights:
                 ids.to(self.model.device),
                 attention_mask=mask.long().to(self.model.device),
                 max_new_tokens=sampling.max_tokens,
+                # The largest score always wins here: sampling happens in `_draw`.
+                do_sample=False,
+                num_beams=1,
                 pad_token_id=pad,
                 eos_token_id=sorted(self.stops) or None,
                 logits_processor=[self._draw(jobs)] if sampling.temperature > 0 else [],

@@ -61,6 +61,29 @@ class HuggingFaceModel:
         self._waiting: list[Job] = []
         self._batches: asyncio.Task[None] | None = None
 
+    @staticmethod
+    def live(
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        revision: str,
+        batch_size: int | None = None,
+        reasoning: str | None = None,
+    ) -> HuggingFaceModel:
+        """Weights in memory, such as a model in training, with their tokenizer.
+
+        `revision` stands for their content in the trials' keys: it must change with the weights.
+        The caller puts the model into eval mode. Raises LeadlineError without a chat template.
+        """
+        made = HuggingFaceModel(name, name=name, batch_size=batch_size)
+        made._identity = {"name": name, "interface": "live", "revision": revision}
+        template = Template.of(tokenizer, name, reasoning=reasoning)
+        weights = Weights.of(model)
+        weights.stops |= {tokenizer.eos_token_id} - {None}
+        made._loaded = template, weights
+        return made
+
     @property
     def identity(self) -> Mapping[str, Any]:
         """A folder is known by its content, so it may move; a hub id by its commit. Raises
