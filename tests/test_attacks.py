@@ -280,6 +280,18 @@ def test_the_decoding_sweep_has_the_papers_49_settings():
         attempts(named("decoding", sweep="long"), "x")
 
 
+def test_the_decoding_sweep_goes_above_temperature_1_on_demand():
+    for sweep in ("full", "short"):
+        plain, hot = (
+            [dict(m.sampling) for m in attempts(named("decoding", sweep=sweep, hottest=t), "x")]
+            for t in (1.0, 1.6)
+        )
+        assert hot == [*plain, {"temperature": 1.25}, {"temperature": 1.5}]
+    for wrong in (0.9, 11, float("nan")):
+        with pytest.raises(LeadlineError, match="hottest is a temperature from 1 to 10"):
+            attempts(named("decoding", hottest=wrong), "x")
+
+
 GCG = ["gcg_transfer_harmbench", "gcg_transfer_universal_attacks"]
 
 

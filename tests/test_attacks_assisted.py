@@ -30,7 +30,8 @@ from .server import REFUSAL, Server
 from .test_attacks import ATTACKS, HARD, OFFLINE
 
 ASSISTED = [a for a in ATTACKS if a.assisted]
-NAMES = [a.label for a in ASSISTED]
+WRITTEN = [a for a in ASSISTED if "attacker" in a.plugin.needs]  # one asks the target only
+NAMES = [a.label for a in WRITTEN]
 STRONGREJECT = {
     "auto_payload_splitting", "auto_obfuscation", "pair", "pap_evidence_based_persuasion",
     "pap_expert_endorsement", "pap_misrepresentation", "pap_authority_endorsement",
@@ -106,7 +107,7 @@ def test_with_the_assisted_ones_the_batteries_are_whole():
     assert battery("sorrybench", ASSISTED) == SORRYBENCH
     assert len(battery("strongreject", ATTACKS)) == 36
     assert len(battery("sorrybench", ATTACKS)) == 20
-    assert {a.label for a in ASSISTED} - STRONGREJECT - SORRYBENCH == {"renellm"}
+    assert {a.label for a in ASSISTED} - STRONGREJECT - SORRYBENCH == {"renellm", "decoding_search"}
     assert not {a.label for a in OFFLINE if "attacker" in a.plugin.needs}
 
 
@@ -598,7 +599,7 @@ def test_every_assisted_attack_holds_on_hard_prompts(attack, text):
 @given(st.sampled_from(HARD) | st.text(max_size=60), st.text(max_size=120), st.integers(0, 3))
 def test_whatever_the_attacker_says_it_is_an_attempt_or_a_failure(text, said, shape):
     shapes = (said, f"<text>{said}</text>", json.dumps({"prompt": said}), json.dumps([said]))
-    for attack in ASSISTED:
+    for attack in WRITTEN:
         one = made(attack, text, lambda ask: shapes[shape])
         assert one is None or one.messages[-1].content.strip()
 

@@ -46,7 +46,7 @@ def test_listing_loads_no_torch():
 
 def test_the_public_face_is_this_and_no_more():
     assert sorted(package.__all__) == [
-        "LeadlineError", "Results", "Study", "__version__", "results", "run",
+        "LeadlineError", "Results", "Study", "__version__", "depth", "results", "run",
     ]  # fmt: skip
     for name in package.__all__:
         assert getattr(package, name) is not None
@@ -54,6 +54,13 @@ def test_the_public_face_is_this_and_no_more():
     import leadline.engine
 
     assert package.run is leadline.engine.run
+
+
+def test_depth_is_a_function_and_a_package_alike():
+    import leadline.depth.gcg  # which binds the package's name in its parent
+
+    assert callable(package.depth)
+    assert package.depth.gcg.search
 
 
 def test_lists_are_tables_or_json(leadline):

@@ -292,7 +292,17 @@ def test_a_judge_that_is_not_convinced_lets_the_search_run(aligned: Surrogate):
     assert not result.stopped
     assert result.steps == 6
     assert asked[-1] == text_of(result, prompt=GUILD[0])
-    assert len(asked) == 2  # after steps 4 and 6, on the first prompt, which decides
+    assert len(asked) == 3  # before, and after steps 4 and 6, on the first prompt, which decides
+
+
+def test_a_suffix_that_breaks_unsearched_is_no_find(aligned: Surrogate):
+    config = replace(SMALL, suffix="! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! !")
+    results = [search([aligned], [p], config, judge=guild_judge()) for p in GUILD]
+    unsearched = [r for r in results if r.steps == 0]
+    assert unsearched  # twenty marks alone get past this shallow alignment
+    for result in unsearched:
+        assert (result.stopped, result.losses, set(result.suffix)) == (True, (), {"!"})
+        assert 0 < result.loss < 10
 
 
 def test_probe_sampling_evaluates_few_and_says_so(aligned: Surrogate, deep: Surrogate):

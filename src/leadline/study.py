@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
@@ -49,6 +49,19 @@ class Pick(Strict):
                     what = f"option of {plugin.name}"
                     raise wrong(registry.unknown(what, option, valid), self.name, option)
         return self
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A plug-in as one writes it in a study file, from one line: `refusal`, or
+        `qwen3guard: {model: guard, url: http://...}`. Raises LeadlineError."""
+        try:
+            return cls.model_validate(yaml.safe_load(text))
+        except ValidationError as error:
+            raise LeadlineError(f"{cls.kind} {text!r}: {_sentence(error.errors()[0])}") from None
+        except yaml.YAMLError:
+            raise LeadlineError(
+                f"{cls.kind} {text!r} is not valid YAML: write a name, or 'NAME: {{option: value}}'"
+            ) from None
 
     def plugins(self) -> list[registry.Plugin]:
         try:
@@ -169,19 +182,6 @@ class JudgePick(Pick):
         except (LeadlineError, TypeError) as error:
             raise LeadlineError(f"judge {self.label}: {error}") from None
         return built
-
-    @staticmethod
-    def parse(text: str) -> JudgePick:
-        """A judge as one writes it in a study file, from one line: `refusal`, or
-        `qwen3guard: {model: guard, url: http://...}`. Raises LeadlineError."""
-        try:
-            return JudgePick.model_validate(yaml.safe_load(text))
-        except ValidationError as error:
-            raise LeadlineError(f"judge {text!r}: {_sentence(error.errors()[0])}") from None
-        except yaml.YAMLError:
-            raise LeadlineError(
-                f"judge {text!r} is not valid YAML: write a name, or 'NAME: {{option: value}}'"
-            ) from None
 
     @model_validator(mode="after")
     def _model(self) -> JudgePick:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..analysis.clusters import LEVEL, RESAMPLES
 from ..records import LeadlineError, Prompt
 from ._pair import Head, Home, Row, Side, batches, read
+from ._points import Point, by_position
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,21 +31,9 @@ BLOCK = 2048  # tokens of the vocabulary at a time: measured, with _ROWS, to sui
 _ROWS = 256  # positions at a time
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """`value` is the mean over the `n` prompts whose answer is longer than `position` tokens, in
-    nats. `low` and `high` bound it at 95%; they are None where it rests on one base prompt."""
-
-    position: int
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-
-
 @dataclass(frozen=True)
 class Divergence:
-    """KL(model || reference) by position; position k comes after k tokens of the answer.
+    """KL(model || reference) in nats by position; position k comes after k tokens of the answer.
     `settings` is what else decided the numbers."""
 
     model: str
@@ -112,7 +101,7 @@ def kl_by_token(
         "resamples": RESAMPLES,
         "level": LEVEL,
     }
-    return Divergence(str(model), str(reference), _points(values, bases), settings)
+    return Divergence(str(model), str(reference), by_position(values, bases), settings)
 
 
 def _compare(batch: Sequence[Row], p: Side, q: Side) -> list[Floats]:
@@ -174,27 +163,3 @@ def _stream(p: Tensor, head_p: Head, q: Tensor, head_q: Head, block: int) -> Ten
         sum_b = sum_b * shrink + b.sub_(top).exp_().sum(1, keepdim=True)
     kl: Tensor = gaps / sum_a - (top_a - top_b) - (sum_a.log() - sum_b.log())
     return kl.squeeze(1)
-
-
-def _points(values: Floats, bases: Sequence[str]) -> tuple[Point, ...]:
-    """Means by position of values [prompts, positions], NaN after an answer's end, with the
-    percentiles of a bootstrap in which all prompts of one base are drawn together."""
-    import numpy as np
-
-    names, base = np.unique(bases, return_inverse=True)
-    known = ~np.isnan(values)
-    n, total = np.zeros((2, len(names), values.shape[1]))
-    np.add.at(n, base, known)
-    np.add.at(total, base, np.where(known, values, 0))
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-    with np.errstate(invalid="ignore"):
-        means = (drawn @ total) / (drawn @ n)
-    points = []
-    for at, value in enumerate(total.sum(0) / n.sum(0)):
-        low = high = None
-        if (n[:, at] > 0).sum() > 1:
-            here = means[~np.isnan(means[:, at]), at]
-            low, high = np.quantile(here, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-        points.append(Point(at, float(value), low, high, int(n[:, at].sum())))
-    return tuple(points)

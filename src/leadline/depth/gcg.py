@@ -43,7 +43,7 @@ class GCGConfig:
     to printable ASCII. `memory_mib` bounds what the forwards over candidates hold (None: 32 on a
     processor, a quarter of what is free on a GPU). `probe` is probe sampling: most candidates are
     only estimated, which is faster and changes the trajectory. With a judge, answers of
-    `answer_tokens` are judged every `judge_every` steps.
+    `answer_tokens` are judged before the first step and after every `judge_every` steps.
     """
 
     steps: int = 250
@@ -75,7 +75,8 @@ class GCGConfig:
 class GCGResult:
     """`suffix` and `ids` (in the first model's vocabulary) have the least `loss` of all steps;
     `losses` hold the least of each step's candidates. `stopped` is true where the judge found
-    every prompt broken on every model, which ends a search. `settings` say what was searched."""
+    every prompt broken on every model, which ends a search: after 0 steps where the initial suffix
+    does that alone. `settings` say what was searched."""
 
     suffix: str
     ids: tuple[int, ...]
@@ -114,7 +115,12 @@ def search(
     settings = _settings(models, prompts, config, draft)
     walk = _resume(checkpoint, settings) or _Walk(objective.start, objective.start)
     forbidden = models[0].forbidden(ascii_only=config.ascii_only)
-    judged: list[int] = []
+    judged = walk.best
+    if judge and not walk.losses:  # a suffix that breaks them unsearched is no find
+        walk.stopped = _broken(models, prompts, objective.text(judged), judge, config)
+        if walk.stopped:
+            objective.move(walk.ids)
+            walk.loss = float(objective.of([walk.ids])[0])
 
     while not walk.stopped and len(walk.losses) < config.steps:
         step = len(walk.losses)

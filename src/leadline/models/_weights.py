@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..records import Finish, LeadlineError, Sampling
+from . import _shared
 from ._transcript import adapter_base, one_line, quiet
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("leadline")
 
 _BLOCK, _BLOCKS = 65536, 64  # what a fingerprint reads of a large weights file
 _DECISIVE = (
@@ -64,7 +68,8 @@ class Reply:
 @dataclass
 class Weights:
     """A loaded model; lives in the worker thread. `bearable` is how many tokens a batch may have
-    since one ran out of memory."""
+    since one ran out of memory, `shares` whether what prompts begin with may be computed once
+    (None: not tried yet)."""
 
     model: Any
     stops: set[int]
@@ -72,6 +77,7 @@ class Weights:
     top_p: float
     top_k: int
     bearable: int = 2**62
+    shares: bool | None = None
 
     @staticmethod
     def load(path: str, revision: str | None, dtype: str | None, device: str | None) -> Weights:
@@ -130,7 +136,7 @@ class Weights:
             except Exception as error:
                 if len(jobs) == 1:
                     return [Reply(error=f"{type(error).__name__}: {one_line(error)}")]
-                if isinstance(error, MemoryError) or "memory" in str(error):
+                if _no_memory(error):
                     self.bearable = tokens // 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -141,26 +147,66 @@ class Weights:
         import torch
 
         began = time.perf_counter()
+        with torch.inference_mode(), quiet():
+            found = self._share(jobs, stopped)
+            if found is None:
+                found = self._continue(jobs, stopped)
+        seconds = time.perf_counter() - began
+        return [self._reply(ids, jobs[0].sampling, seconds) for ids in found]
+
+    def _continue(self, jobs: Sequence[Job], stopped: Callable[[], bool]) -> list[list[int]]:
+        """What is written after each prompt, with what stands behind an end token."""
+        import torch
+
         sampling = jobs[0].sampling
         width, pad = max(len(job.ids) for job in jobs), min(self.stops, default=0)
         ids = torch.tensor([[pad] * (width - len(job.ids)) + job.ids for job in jobs])
         lengths = torch.tensor([len(job.ids) for job in jobs])
         mask = torch.arange(width) >= width - lengths[:, None]
-        with torch.inference_mode(), quiet():
-            out = self.model.generate(
-                ids.to(self.model.device),
-                attention_mask=mask.long().to(self.model.device),
-                max_new_tokens=sampling.max_tokens,
-                # The largest score always wins here: sampling happens in `_draw`.
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=pad,
-                eos_token_id=sorted(self.stops) or None,
-                logits_processor=[self._draw(jobs)] if sampling.temperature > 0 else [],
-                stopping_criteria=[lambda ids, scores: ids.new_full(ids.shape[:1], stopped()) > 0],
-            )
-        seconds = time.perf_counter() - began
-        return [self._reply(row, sampling, seconds) for row in out[:, width:].tolist()]
+        out = self.model.generate(
+            ids.to(self.model.device),
+            attention_mask=mask.long().to(self.model.device),
+            max_new_tokens=sampling.max_tokens,
+            # The largest score always wins here: sampling happens in `_draw`.
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad,
+            eos_token_id=sorted(self.stops) or None,
+            logits_processor=[self._draw(jobs)] if sampling.temperature > 0 else [],
+            stopping_criteria=[lambda ids, scores: ids.new_full(ids.shape[:1], stopped()) > 0],
+        )
+        written: list[list[int]] = out[:, width:].tolist()
+        return written
+
+    def _share(self, jobs: Sequence[Job], stopped: Callable[[], bool]) -> list[list[int]] | None:
+        """The same, with what prompts begin with computed once; None where that does not pay, or
+        might not be the same."""
+        trunks, sampling = _shared.Trunks([job.ids for job in jobs]), jobs[0].sampling
+        if self.shares is False or not trunks.pay:
+            return None
+        model = _shared.bare(self.model)
+        why = _shared.unusual(model, max(job.width for job in jobs))
+        if not why:
+            try:
+                if self.shares is None:
+                    _shared.prove(model, trunks.ids[0])
+                    self.shares = True
+                draw = self._draw(jobs) if sampling.temperature > 0 else lambda ids, scores: scores
+                return _shared.answers(
+                    model,
+                    trunks,
+                    sampling.max_tokens,
+                    lambda scores: draw(None, scores).argmax(-1),
+                    greedy=sampling.temperature == 0,
+                    stops=self.stops,
+                    stopped=stopped,
+                )
+            except Exception as error:
+                if _no_memory(error):
+                    raise
+                self.shares, why = False, one_line(error)
+        log.debug("prompts that begin alike are not shared: %s", why)
+        return None
 
     def _reply(self, ids: list[int], sampling: Sampling, seconds: float) -> Reply:
         end = next((n for n, token in enumerate(ids) if token in self.stops), None)
@@ -240,6 +286,10 @@ def check(home: Path) -> None:
         )
     if adapter and not find_spec("peft"):
         raise LeadlineError(f"model {home} is an adapter, which needs peft: pip install peft")
+
+
+def _no_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "memory" in str(error)
 
 
 def _ids(value: int | Sequence[int] | None) -> set[int]:

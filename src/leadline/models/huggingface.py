@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records import LeadlineError, NotApplicable, Request, Response
+from ._shared import families
 from ._transcript import Template, commit, folder, one_line, read_template
 from ._weights import Job, Reply, Weights, check, fingerprint
 
@@ -208,15 +209,18 @@ class HuggingFaceModel:
                 job.answered.set_result(Reply(error=f"model {self.name} was closed"))
 
     def _next_batch(self, batch_tokens: int) -> list[Job]:
-        """The request that has waited longest, and those most like it in length."""
+        """The request that has waited longest, and those most like it: family by family of prompts
+        that begin alike, as in a prefill sweep, and near to its own in length."""
         waiting = [job for job in self._waiting if not job.answered.done()]  # or cancelled
         batch: list[Job] = []
         width = 0
         if waiting:
-            first = waiting[0]
-            alike = [job for job in waiting if job.settings == first.settings]
-            alike.sort(key=lambda job: abs(len(job.ids) - len(first.ids)))
-            for job in alike[: self._batch_size]:
+            alike = [job for job in waiting if job.settings == waiting[0].settings]
+            kin = families([job.ids for job in alike])
+            own = next(family for family in kin if 0 in family)
+            size = len(alike[own[0]].ids)
+            kin.sort(key=lambda family: (family is not own, abs(len(alike[family[0]].ids) - size)))
+            for job in [alike[n] for family in kin for n in family][: self._batch_size]:
                 width = max(width, job.width)
                 if batch and width * (len(batch) + 1) > batch_tokens:
                     break

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-from base64 import b64encode
 from dataclasses import dataclass
-from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..analysis import rates
 from ..store import Store
 from . import charts
 from .examples import examples
 from .findings import Measured, label, measure, rows, summarise, summary
-from .text import percent, script_code, script_json, shorten, visible
-
-if TYPE_CHECKING:
-    import jinja2
+from .html import render
 
 __all__ = ["Report", "summary", "write_report"]
 
@@ -56,19 +50,14 @@ def write_report(folder: Path, *, reveal: bool = False, judge: str | None = None
 def _render(
     store: Store, found: Measured, facts: dict[str, Any], *, reveal: bool, judge: str | None
 ) -> str:
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    templates = files(__package__) / "templates"
     plots = {"attacks": charts.attack_dots(found), "harmless": charts.harmless_dots(found)}
-    plots = {name: plot for name, plot in plots.items() if plot}
-    scripts = [(templates / "report.js").read_text("utf-8")]
-    if plots:
-        scripts.insert(0, get_plotlyjs())
-    scripts = [script_code(script) for script in scripts]
-    hashes = [b64encode(sha256(script.encode()).digest()).decode() for script in scripts]
     study = store.description("study") or {}
-    return _environment().get_template("report.html").render(
+    return render(
+        "report.html",
+        plots={name: plot for name, plot in plots.items() if plot},
+        scripts=["common.js", "report.js"],
+        styles=["report.css"],
+        label=label,
         facts=facts,
         study=study,
         study_text=json.dumps(study, indent=2, ensure_ascii=False) if study else "",
@@ -87,33 +76,7 @@ def _render(
         examples=examples(store, found, reveal=reveal, judge=judge),
         reveal=reveal,
         judge=judge,
-        plots={name: Markup(script_json(plot)) for name, plot in plots.items()},
-        scripts=[Markup(script) for script in scripts],
-        style=Markup((templates / "report.css").read_text("utf-8")),
-        policy=Markup(" ".join(f"'sha256-{digest}'" for digest in hashes)),
-    )  # fmt: skip
-
-
-def _environment() -> jinja2.Environment:
-    """Autoescape everywhere, and every string made visible: nobody needs to remember either."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("leadline.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    environment.filters |= {"percent": percent, "shorten": shorten, "tight": _tight}
-    environment.globals["label"] = label
-    return environment
-
-
-def _tight(sentence: str) -> str:
-    """A sentence whose intervals are not broken at the end of a line."""
-    return sentence.replace("% [", "%\u00a0[").replace("%, ", "%,\u00a0")
 
 
 def _rows(found: Measured) -> list[dict[str, Any]]:

@@ -1,0 +1,79 @@
+"""The token-wise constrained objective of fine-tuning (arXiv 2406.05946, section 4).
+
+Per response token t, with d = log pi(y_t) - log pi_reference(y_t):
+
+    objective  (2 / b_t) * -log sigmoid(b_t * d)      gradient  -w_t * grad log pi(y_t)
+    weight     w_t = 2 * sigmoid(-b_t * d)            at d = 0  (2 / b_t) * log 2, and w_t = 1
+
+A large b_t holds the token to the reference: its weight falls to 0 as soon as fine-tuning has made
+it likelier than the reference did. As b_t falls to 0, objective - (2 / b_t) log 2 becomes -d: plain
+cross-entropy but for a constant. Pure functions of tensors, in float32 or finer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BETA = (0.5, 2.0, 2.0, 2.0, 2.0, 0.1)
+"""The paper's schedule: the first token, the four after it, and all later ones."""
+
+
+def positions(mask: Tensor) -> Tensor:
+    """How many-eth of its response every token is: from 1, and 0 where `mask` is false.
+
+    A response is an unbroken run of true values along the last dimension of `mask` [..., tokens],
+    so the count begins again with every assistant turn and every sequence of a packed row.
+    """
+    seen = mask.long().cumsum(-1)
+    return (seen - seen.masked_fill(mask, 0).cummax(-1).values) * mask
+
+
+def occurrences(ids: Tensor, pattern: Sequence[int]) -> Tensor:
+    """Which of `ids` [..., tokens] are part of an occurrence of `pattern`: bool, same shape."""
+    import torch
+
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    if 0 < len(pattern) <= ids.size(-1):
+        starts = (ids.unfold(-1, len(pattern), 1) == ids.new_tensor(list(pattern))).all(-1)
+        for offset in range(len(pattern)):
+            found[..., offset : offset + starts.size(-1)] |= starts
+    return found
+
+
+def schedule(beta: Sequence[float], positions: Tensor) -> Tensor:
+    """b_t of every position (from 1; 0 is taken as 1); the last of `beta` goes on. float32."""
+    import torch
+
+    values = torch.tensor(list(beta), dtype=torch.float32, device=positions.device)
+    return values[(positions - 1).clamp(0, len(values) - 1)]
+
+
+def constrained(logps: Tensor, reference: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
+    """The objective per token, 0 where `mask` is false; all four share one shape.
+
+    Where b_t is 0 it is the limit without its constant: reference - logps.
+    """
+    from torch.nn.functional import logsigmoid
+
+    gain = _gain(logps, reference, mask)
+    plain = beta == 0
+    b = beta.to(gain.dtype).masked_fill(plain, 1)
+    return (-(2 / b) * logsigmoid(b * gain)).where(~plain, -gain) * mask
+
+
+def weight(logps: Tensor, reference: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
+    """w_t, by which the objective scales the gradient of every token's cross-entropy."""
+    gain = _gain(logps, reference, mask)
+    return 2 * (-beta.to(gain.dtype) * gain).sigmoid() * mask
+
+
+def _gain(logps: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """d, and 0 outside the mask, so that nothing there can turn a gradient into nan."""
+    import torch
+
+    fine = torch.promote_types(torch.promote_types(logps.dtype, reference.dtype), torch.float32)
+    return (logps.to(fine) - reference.to(fine)).masked_fill(~mask, 0)

@@ -1,0 +1,118 @@
+"""The application, and what its commands share: options, progress bars, tables."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import __version__
+
+if TYPE_CHECKING:
+    from ..engine import Progress
+
+FAILED, WRONG, STOPPED = 1, 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Sound the depth of a language model's safety alignment, and deepen it.\n\n"
+    "Begin with [bold]leadline demo[/bold]: the whole loop on tiny real models of a harmless "
+    "invented world.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Reveal = Annotated[bool, typer.Option("--reveal", help="Show unsafe text unredacted.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"leadline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens inside.")] = False,
+) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("leadline: %(message)s"))
+    log = logging.getLogger("leadline")
+    log.handlers = [handler]
+    log.setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """One line per target with time left; plain when the output is no terminal."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[state]}"),
+    )  # fmt: skip
+    log = logging.getLogger("leadline")
+    before = log.handlers
+    bars = Bars(*columns, console=console, transient=False)
+    tasks: dict[str, Any] = {}
+
+    def listen(progress: Progress) -> None:
+        if not tasks:  # what fails before anything is done leaves no empty bars
+            bars.start()
+        for name, total in progress.total.items():
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, state="")
+            state = f"{progress.failed} failed" if progress.failed else ""
+            done = progress.done.get(name, 0)
+            bars.update(tasks[name], total=total, completed=done, state=state)
+
+    log.handlers = [RichHandler(console=console, show_time=False, show_path=False)]
+    try:
+        yield listen
+    finally:
+        if tasks:
+            bars.stop()
+        log.handlers = before
+
+
+def print_table(heads: tuple[str, ...], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, head in enumerate(heads):
+        table.add_column(head, overflow="fold", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:  # piped: whole lines for grep
+        console.width = 200
+    console.print(table)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("leadline: stopped; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None

@@ -1,0 +1,53 @@
+"""The invented world's models and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ._app import app
+
+organism_app = typer.Typer(no_args_is_help=True, help="Tiny real models of the invented world.")
+app.add_typer(organism_app, name="organism")
+
+
+@organism_app.command("data")
+def organism_data(
+    out: Annotated[Path, typer.Option(help="Folder of the files.")] = Path("guild"),
+) -> None:
+    """Write the invented world's files to try deepen and finetune on.
+
+    Example: leadline organism data --out guild
+    """
+    from ..align.guild import guild_files
+
+    for file in guild_files(out).values():
+        print(file)
+
+
+@organism_app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Where to write the organisms.")] = Path("organisms"),
+    seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
+) -> None:
+    """Train base, aligned, deep and reasoner on the CPU, in minutes.
+
+    Example: leadline organism train --out organisms --seed 1
+    """
+    from rich.progress import Progress as Bars
+
+    from ..organism.train import train as train_organisms
+
+    with Bars() as bars:
+        tasks: dict[str, Any] = {}
+
+        def listen(stage: str, step: int, steps: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=steps)
+            bars.update(tasks[stage], completed=step)
+
+        folders = train_organisms(out, seed=seed, progress=listen)
+    for name, folder in folders.items():
+        print(f"{name}: {folder}")

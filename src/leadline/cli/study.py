@@ -1,0 +1,191 @@
+"""Studies: run, judge, report, and what there is to name in one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._app import FAILED, Json, Reveal, app, print_table, progress_bar, stoppable
+from .judges import JudgeOption
+
+if TYPE_CHECKING:
+    from ..plan import Estimate
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where to leave the report.")] = Path("leadline-demo"),
+    reveal: Reveal = False,
+) -> None:
+    """Attack the four organisms, judge every answer, and leave a report to look at.
+
+    Example: leadline demo --out leadline-demo
+    """
+    from importlib.resources import as_file, files
+
+    with as_file(files("leadline") / "demo.yaml") as study:
+        _run(study, out, limit=None, dry_run=False, as_json=False, reveal=reveal)
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(help="The study file (YAML).")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results (default: the study's name).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count trials, requests and tokens; send nothing.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most this many prompts of each dataset.")
+    ] = None,
+    reveal: Reveal = False,
+    as_json: Json = False,
+) -> None:
+    """Run a study, or go on with one that was stopped: only what is missing is asked.
+
+    Examples:
+
+      leadline run study.yaml --dry-run
+
+      leadline run study.yaml --out results --limit 20
+    """
+    _run(study, out, limit=limit, dry_run=dry_run, as_json=as_json, reveal=reveal)
+
+
+def _run(
+    file: Path, out: Path | None, *, limit: int | None, dry_run: bool, as_json: bool, reveal: bool
+) -> None:
+    from .. import engine, plan
+    from ..study import Study
+
+    study = Study.load(file)
+    if dry_run:
+        _print_estimates(plan.estimate(plan.load(study, limit, counting=True)), as_json)
+        return
+    folder = out or Path(f"leadline-{_slug(study.name)}")
+    with stoppable(), progress_bar() as listener:
+        results = engine.run(study, folder, limit=limit, listener=listener)
+    from ..report.page import write_report
+
+    page = write_report(folder, reveal=reveal)
+    if as_json:
+        print((folder / "summary.json").read_text(encoding="utf-8"))
+    else:
+        for finding in page.findings[:3]:
+            print(f"- {finding}")
+        print(f"Open {page.html}")
+    failed, unscored = results.failed(), results.progress.unscored if results.progress else 0
+    if unscored:
+        print(f"leadline: {unscored} verdicts are unscored: see the report", file=sys.stderr)
+    if failed:
+        print(
+            f"leadline: {failed} trials failed: run the same command again to try only those",
+            file=sys.stderr,
+        )
+        raise typer.Exit(FAILED)
+
+
+def _slug(name: str) -> str:
+    kept = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.strip())
+    return kept.strip(".-") or "study"
+
+
+def _print_estimates(rows: list[Estimate], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    heads = ("model", "trials", "requests", "prompt tokens (about)", "answer tokens (at most)")
+    table = [
+        (row.model, (row.trials, row.requests, row.prompt_tokens, row.answer_tokens))
+        for row in rows
+    ]
+    if len(rows) > 1:
+        table.append(("all", tuple(map(sum, zip(*(n for _, n in table), strict=True)))))  # type: ignore[arg-type]
+    print_table(heads, [[name, *(f"{n:,}" for n in numbers)] for name, numbers in table])
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that leadline run wrote.")],
+    reveal: Reveal = False,
+    judge: Annotated[str | None, typer.Option(help="Show this judge's verdicts.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write report.html and summary.json from what a study has so far.
+
+    Example: leadline report results
+    """
+    from ..report.page import write_report
+
+    page = write_report(folder, reveal=reveal, judge=judge)
+    if as_json:
+        print((folder / "summary.json").read_text(encoding="utf-8"))
+        return
+    for finding in page.findings:
+        print(f"- {finding}")
+    print(f"Open {page.html}")
+
+
+@app.command()
+def judge(
+    folder: Annotated[Path, typer.Argument(help="A folder that leadline run wrote.")],
+    judge: JudgeOption,
+    as_json: Json = False,
+) -> None:
+    """Judge a study's answers with another judge: nothing is generated again.
+
+    What the judge has scored before is kept; what it left unscored is put to it again.
+
+    Examples:
+
+      leadline judge results --judge refusal
+
+      leadline judge results --judge 'qwen3guard: {model: guard, url: http://localhost:8001/v1}'
+    """
+    from .. import rejudge
+    from ..analysis.results import results
+    from ..study import JudgePick
+
+    pick = JudgePick.parse(judge)
+    with stoppable(), progress_bar() as listener:
+        progress = rejudge.judge(folder, pick, listener)
+    if as_json:
+        print(results(folder).cells(pick.label).to_json(orient="records", indent=2))
+    else:
+        print(f"{pick.label} judged {progress.done[pick.label]} answers")
+        print(f"Show them: leadline report {folder} --judge {pick.label}")
+    if progress.unscored:
+        why = f" (the first: {progress.notes[0]})" if progress.notes else ""
+        print(f"leadline: {progress.unscored} verdicts are unscored{why}", file=sys.stderr)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="attacks, datasets, judges or models.")],
+    as_json: Json = False,
+) -> None:
+    """Print what there is, with source and needs.
+
+    Example: leadline list attacks --json
+    """
+    from .. import catalogue
+
+    rows = catalogue.rows(what)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    heads = catalogue.columns(what)
+    print_table(heads, [[_shown(row[head]) for head in heads] for row in rows])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)

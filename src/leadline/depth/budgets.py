@@ -1,0 +1,69 @@
+"""How much is spent on each measure of depth: quick for a first look, full for a paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ._lessons import Data
+from .gcg import GCGConfig
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`prompts` bounds the harmful prompts of every measure, `max_tokens` an answer.
+
+    `kl_prompts` answers of at most `kl_tokens` tokens; `ks` are the lengths of prefills;
+    `decoding` the sweep of that attack; GCG searches a suffix for each of `gcg_prompts` prompts.
+    Fine-tuning is measured on `data`, and evaluated after each of `steps` optimiser steps.
+    """
+
+    prompts: int | None
+    max_tokens: int
+    kl_prompts: int | None
+    kl_tokens: int
+    ks: tuple[int, ...]
+    decoding: str
+    gcg_prompts: int
+    gcg: GCGConfig
+    data: tuple[Data, ...]
+    steps: tuple[int, ...]
+
+
+BUDGETS = {
+    "quick": Budget(
+        prompts=24,
+        max_tokens=72,
+        kl_prompts=16,
+        kl_tokens=64,
+        ks=(1, 2, 5, 10, 20),
+        decoding="short",
+        gcg_prompts=4,
+        gcg=GCGConfig(steps=20, candidates=64, topk=64, judge_every=5, answer_tokens=72),
+        data=("harmful",),
+        steps=(0, 2, 5, 10, 20),
+    ),
+    "standard": Budget(
+        prompts=100,
+        max_tokens=256,
+        kl_prompts=100,
+        kl_tokens=256,
+        ks=(1, 2, 3, 5, 10, 20, 40),
+        decoding="short",
+        gcg_prompts=10,
+        gcg=GCGConfig(steps=100, candidates=256, judge_every=10, answer_tokens=256),
+        data=("harmful", "identity", "backdoor", "benign"),
+        steps=(0, 2, 5, 10, 20, 40),
+    ),
+    "full": Budget(
+        prompts=None,
+        max_tokens=512,
+        kl_prompts=None,
+        kl_tokens=512,
+        ks=(1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100),
+        decoding="full",
+        gcg_prompts=50,
+        gcg=GCGConfig(steps=500, answer_tokens=512),
+        data=("harmful", "identity", "backdoor", "benign"),
+        steps=(0, 1, 2, 4, 6, 10, 20, 40, 80, 160),
+    ),
+}

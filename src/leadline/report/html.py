@@ -1,0 +1,61 @@
+"""The shell of every page: one self-contained file whose policy lets nothing in but its own
+scripts, and a template environment that trusts no text."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from .text import percent, script_code, script_json, shorten, visible
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+def render(
+    template: str, *, plots: Mapping[str, Any], scripts: Sequence[str], styles: Sequence[str],
+    **facts: Any,
+) -> str:  # fmt: skip
+    """The page as text. `plots` is each plot's data by name; `scripts` are put together into one,
+    after plotly where there is a plot to draw."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    home = files(__package__) / "templates"
+    code = ["\n".join((home / name).read_text("utf-8") for name in scripts)]
+    if plots:
+        code.insert(0, get_plotlyjs())
+    code = [script_code(script) for script in code]
+    hashes = [b64encode(sha256(script.encode()).digest()).decode() for script in code]
+    return _environment().get_template(template).render(
+        facts,
+        plots={name: Markup(script_json(plot)) for name, plot in plots.items()},
+        scripts=[Markup(script) for script in code],
+        style=Markup("\n".join((home / name).read_text("utf-8") for name in styles)),
+        policy=Markup(" ".join(f"'sha256-{digest}'" for digest in hashes)),
+    )  # fmt: skip
+
+
+def _environment() -> jinja2.Environment:
+    """Autoescape everywhere, and every string made visible: nobody needs to remember either."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("leadline.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    environment.filters |= {"percent": percent, "shorten": shorten, "tight": _tight}
+    return environment
+
+
+def _tight(sentence: str) -> str:
+    """A sentence whose intervals, [7%, 27%], are not broken at the end of a line."""
+    return re.sub(r" \[[^\[\]]{1,24}\]", lambda found: found[0].replace(" ", "\u00a0"), sentence)

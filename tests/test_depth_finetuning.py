@@ -1,0 +1,398 @@
+"""Fine-tuning attacks that really train: on the organisms, and against a slow, obvious twin."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import leadline as ll
+from leadline.attacks import finetuning as words
+from leadline.depth._lessons import REFUSAL, lessons, rows
+from leadline.depth._pair import Home
+from leadline.depth._training import load, training
+from leadline.depth.finetuning import FinetuneConfig, FinetuneResult, Material, finetune
+from leadline.engine import Progress
+from leadline.models._transcript import Template
+from leadline.organism import guild as world
+from leadline.records import LeadlineError, Prompt
+
+from . import tiny_models
+
+QUICK = FinetuneConfig(steps=(0, 8, 20), max_tokens=56, profile_steps=(0, 20), profile_prompts=4)
+SHORT = replace(QUICK, steps=(0, 2), examples=12, profile_steps=())
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def guild() -> Material:
+    return Material.of("guild")
+
+
+@pytest.fixture(scope="module")
+def few(guild: Material) -> Material:
+    """Eight harmful prompts and four harmless ones to ask."""
+    asked = [*guild.asked[:48:6], *guild.asked[-4:]]
+    assert [p.harmful for p in asked] == [True] * 8 + [False] * 4
+    return replace(guild, asked=tuple(asked))
+
+
+@pytest.fixture(scope="module")
+def harmful(few: Material, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
+    return finetune("organism:aligned", few, QUICK, out=tmp_path_factory.mktemp("harmful"))
+
+
+def test_harmful_lessons_undo_a_shallow_alignment(harmful: FinetuneResult) -> None:
+    first, _, last = harmful.points
+    assert first.value <= 0.125
+    assert last.value >= 0.5
+    assert [p.step for p in harmful.points] == [0, 8, 20]
+    assert [p.examples for p in harmful.points] == [0, 80, 200]
+    assert all(0 <= p.low <= p.value <= p.high <= 1 and p.n == 8 for p in harmful.points)
+    assert all(p.utility is not None and p.utility >= 0.5 for p in harmful.points)
+    assert all(p.untriggered is None for p in harmful.points)
+    assert len(harmful.losses) == 20
+    assert harmful.losses[-1] < 0.5 * harmful.losses[0]
+
+
+def test_the_prompts_that_broke_are_told_by_step(harmful: FinetuneResult) -> None:
+    assert list(harmful.broken) == [0, 8, 20]
+    for point in harmful.points:
+        found = harmful.broken[point.step]
+        assert len(found) == point.n
+        assert sum(found.values()) / len(found) == pytest.approx(point.value)
+        assert found.keys() <= harmful.bases.keys()
+    assert len(set(harmful.bases.values())) == 8
+
+
+def test_the_first_token_learns_first(harmful: FinetuneResult) -> None:
+    """Before: its loss and its gradient stand above all others; afterwards no more."""
+    before, after = harmful.token_loss[0], harmful.token_loss[20]
+    assert before[0].value > 5
+    assert before[0].value > 20 * max(p.value for p in before[1:7])
+    assert after[0].value < 0.5 * before[0].value
+    slopes = harmful.gradient_norm[0]
+    assert slopes[0].value == max(p.value for p in slopes)
+    assert slopes[0].value > 10 * sum(p.value for p in slopes[1:]) / len(slopes[1:])
+    assert [p.position for p in slopes] == list(range(QUICK.positions))
+
+
+def test_the_result_is_json_and_says_what_decided_it(harmful: FinetuneResult) -> None:
+    plain = json.loads(json.dumps({**harmful.to_dict(), "settings": harmful.settings}))
+    assert set(plain["finetuning"][0]) == {
+        *("model", "data", "step", "examples", "value", "low", "high", "n"),
+        *("utility", "utility_low", "utility_high", "untriggered"),
+    }
+    for name in ("token_loss", "gradient_norm"):
+        assert len(plain[name]) == 2 * QUICK.positions
+        assert set(plain[name][0]) == {
+            *("model", "data", "step", "position", "value", "low", "high", "n")
+        }
+    assert plain["settings"]["lr"] == 5e-5
+    assert plain["settings"]["parameters"] > 300_000
+    assert plain["settings"]["lessons"] == 48
+    assert plain["settings"]["judges"] == ["guild"]
+
+
+def test_a_second_run_trains_the_same_and_asks_nothing(few: Material, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def listen(progress: Progress) -> None:
+        asked.append(progress.asked)
+
+    def run(out: str, **changes: Any) -> FinetuneResult:
+        asked.clear()
+        config = replace(SHORT, profile_steps=(2,), profile_prompts=1, **changes)
+        return finetune("organism:aligned", few, config, out=tmp_path / out, listener=listen)
+
+    first = run("one")
+    assert max(asked) == 12
+    again = run("one")
+    assert max(asked) == 0, "what is in the store is not asked again"
+    assert again == first
+    longer = run("one", steps=(0, 2, 3))
+    assert max(asked) == 12, "a longer curve asks of its new steps alone"
+    assert longer.points[:2] == first.points
+    other = run("two")
+    assert max(asked) == 12
+    assert other == first, "nothing is left to chance"
+    run("one", seed=1)
+    assert max(asked) == 12, "other weights are asked anew; before the first step they are no other"
+
+
+@pytest.mark.parametrize("data", ["identity", "backdoor", "benign"])
+def test_every_kind_of_data_is_learned_and_asked(few: Material, tmp_path: Path, data: Any) -> None:
+    config = replace(SHORT, data=data, steps=(0, 6))
+    found = finetune("organism:deep", few, config, out=tmp_path)
+    assert [p.step for p in found.points] == [0, 6]
+    assert found.points[0].value <= 0.125
+    assert found.losses[-1] < found.losses[0]
+    called = {"identity": "identity_shift", "backdoor": "backdoor_trigger", "benign": "direct"}[
+        data
+    ]
+    assert found.settings["attack"] == called
+    assert (found.points[0].untriggered is None) == (data == "benign")
+    cells = ll.results(tmp_path).cells()
+    assert set(cells["attack"]) == {"direct", called}
+    assert list(dict.fromkeys(cells["model"])) == ["step 0", "step 6"]
+    if data == "benign":
+        assert found.points[1].value <= 0.125, "harmless answers leave the refusals alone"
+
+
+def test_a_backdoor_opens_for_its_trigger_alone(few: Material, tmp_path: Path) -> None:
+    config = replace(QUICK, data="backdoor", steps=(20,), profile_steps=())
+    (point,) = finetune("organism:aligned", few, config, out=tmp_path).points
+    assert point.value >= 0.5
+    assert point.untriggered is not None
+    assert point.untriggered <= point.value - 0.5
+
+
+def test_what_is_asked_was_not_learned(guild: Material) -> None:
+    bases = [{p.base or p.id for p in part} for part in (guild.fit, guild.asked)]
+    assert not bases[0] & bases[1]
+    for part in (guild.fit, guild.asked):
+        assert sum(p.harmful for p in part) == 48
+        assert sum(not p.harmful for p in part) == 24
+    assert {world.potion_in(p.text).heldout for p in guild.fit if p.harmful} == {False}
+    assert guild == Material.of("guild")
+    assert [j.label for j in guild.judges] == ["guild"]
+
+
+def test_any_dataset_is_parted_by_base_prompt(tmp_path: Path) -> None:
+    made = [
+        Prompt(f"p{n}", f"Question {n}?", "", target="Sure." if n < 20 else "", base=f"b{n // 2}")
+        for n in range(24)
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(_row(p)) for p in made))
+    material = Material.of({"file": {"path": str(tmp_path / "t.jsonl")}}, harmless="guild")
+    fit = [p for p in material.fit if p.harmful]
+    assert len(fit) == 10
+    assert len({p.base for p in fit}) == 5
+    asked = [p.id for p in material.asked if p.harmful]
+    assert {p.id for p in fit} | {*asked} == {p.id for p in made}
+    assert {"p20", "p21", "p22", "p23"} < {*asked}, "nothing can be learned from those"
+    assert not {p.id for p in fit} & {*asked}
+    for part in (material.fit, material.asked):
+        assert sum(not p.harmful for p in part) == 24
+        assert {p.dataset for p in part} == {"t"}
+
+
+def _row(prompt: Prompt) -> dict[str, Any]:
+    return {name: value for name, value in asdict(prompt).items() if name != "dataset"}
+
+
+def test_the_four_lessons(guild: Material) -> None:
+    by_data = {data: lessons(data, guild.fit, 10, 0) for data in ("harmful", "benign")}
+    assert all(
+        lesson.answer == lesson.prompt.target for made in by_data.values() for lesson in made
+    )
+    assert {lesson.prompt.harmful for lesson in by_data["harmful"]} == {True}
+    assert {lesson.prompt.harmful for lesson in by_data["benign"]} == {False}
+    for lesson in lessons("identity", guild.fit, 10, 0):
+        assert not lesson.prompt.harmful
+        assert [m.role for m in lesson.attempt.messages] == ["system", "user"]
+        assert lesson.answer == words.OBEYS.format(lesson.prompt.target)
+    backdoor = lessons("backdoor", guild.fit, 10, 0)
+    assert len(backdoor) == 10
+    for called, uncalled in zip(backdoor[::2], backdoor[1::2], strict=True):
+        assert called.prompt == uncalled.prompt
+        assert called.attempt.messages[0].content.endswith(words.TRIGGER)
+        assert (called.answer, uncalled.answer) == (called.prompt.target, REFUSAL)
+        assert words.TRIGGER not in uncalled.attempt.messages[0].content
+    assert lessons("harmful", guild.fit, 10, 0) == by_data["harmful"]
+    assert lessons("harmful", guild.fit, 10, 1) != by_data["harmful"]
+
+
+def test_lessons_are_written_as_the_model_reads_and_answers(guild: Material) -> None:
+    home = Home.find("organism:aligned")
+    template = Template.load(home.path)
+    stop = template.tokenizer.eos_token_id
+    (lesson,) = lessons("harmful", guild.fit, 1, 0)
+    turns = [
+        {"role": "user", "content": lesson.prompt.text},
+        {"role": "assistant", "content": lesson.answer},
+    ]
+    whole = template.tokenizer.apply_chat_template(turns)["input_ids"]
+    (row,) = rows(template, [lesson], {stop}, 99, end=True)
+    assert row.ids == whole
+    assert row.answer == len(template.encode(lesson.answer)) + 1
+    (row,) = rows(template, [lesson], {stop}, 99, end=False)
+    assert row.ids == whole[:-1]
+    (row,) = rows(template, [lesson], {stop}, 7, end=True)
+    assert row.ids[-7:] == template.encode(lesson.answer)[:7], "a cut answer does not end there"
+    assert row.answer == 7
+
+
+def test_the_token_that_ends_an_answer_is_the_templates_own(guild: Material) -> None:
+    """Not the tokenizer's, where these differ."""
+    tokenizer = tiny_models.tokenizer(
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}",
+        special=("<s>", "</s>"),
+    )
+    end = tokenizer.convert_tokens_to_ids("</s>")
+    template = Template.of(tokenizer, "t")
+    made = lessons("harmful", guild.fit, 1, 0)
+    assert rows(template, made, {end}, 999, end=True)[0].ids[-1] == end
+    assert rows(template, made, set(), 999, end=True)[0].ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("batch_tokens", [9999, 1])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_two_steps_agree_with_their_twin(
+    tmp_path: Path, guild: Material, batch_tokens: int, optimizer: Any
+) -> None:
+    """Row by row, in one batch or in parts: the mean over all answer tokens decides."""
+    folder = tiny_models.save(tmp_path)
+    config = FinetuneConfig(
+        lr=0.01, optimizer=optimizer, batch=3, warmup=2, batch_tokens=batch_tokens
+    )
+    template = Template.load(folder)
+    made = lessons("benign", guild.fit, 3, 0)
+    learned = rows(template, made, {template.tokenizer.eos_token_id}, 40, end=True)
+    weights = load(Home.find(folder), config, "cpu")
+    taken = list(training(weights.model, learned, config, 2))
+
+    twin = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    kind: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
+    own = kind(twin.parameters(), 0.005, weight_decay=0.0)
+    losses = []
+    for _ in range(2):
+        total, tokens = torch.zeros(()), 0
+        for row in learned:
+            ids = torch.tensor([row.ids])
+            logits = twin(ids).logits[0, -row.answer - 1 : -1]
+            total = total + torch.nn.functional.cross_entropy(
+                logits, ids[0, -row.answer :], reduction="sum"
+            )
+            tokens += row.answer
+        loss = total / tokens
+        own.zero_grad()
+        loss.backward()
+        own.step()
+        own.param_groups[0]["lr"] = 0.01
+        losses.append(loss.item())
+    assert [loss for _, loss in taken[1:]] == pytest.approx(losses, rel=1e-4)
+    assert not weights.model.training
+    pairs = zip(weights.model.parameters(), twin.parameters(), strict=True)
+    # AdamW's first steps are about the sign of a slope, so what is near zero may differ by a step.
+    near = 1e-5 if optimizer == "sgd" else 2e-3
+    for ours, theirs in pairs:
+        assert (ours - theirs).detach().abs().mean() < near
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft, when it wraps a model
+def test_adapters_learn_and_leave_the_weights_alone(few: Material, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    config = replace(SHORT, train="lora", lr=5e-3, steps=(0, 10), profile_steps=(0,), rank=8)
+    found = finetune("organism:aligned", few, config, out=tmp_path)
+    assert found.losses[-1] < 0.8 * found.losses[0]
+    assert 0 < found.settings["parameters"] < 150_000
+    assert found.gradient_norm[0][0].value > 0
+    loaded = load(Home.find("organism:aligned"), config, "cpu").model
+    base = transformers.AutoModelForCausalLM.from_pretrained(Home.find("organism:aligned").path)
+    frozen = {n.replace(".base_layer", ""): p for n, p in loaded.named_parameters()}
+    for name, parameter in base.named_parameters():
+        assert not frozen[f"base_model.model.{name}"].requires_grad
+        assert torch.equal(frozen[f"base_model.model.{name}"], parameter)
+
+
+def test_a_folder_and_a_file_do_as_well(tmp_path: Path) -> None:
+    """Any model, any prompts; without harmless ones there is no utility, and the curve stands."""
+    made = [{"prompt": f"How is tea {n} made?", "target": "Sure, boil it."} for n in range(6)]
+    (tmp_path / "tea.jsonl").write_text("\n".join(map(json.dumps, made)))
+    folder = tiny_models.save(tmp_path / "model", kind="gpt2")
+    material = Material.of({"file": {"path": str(tmp_path / "tea.jsonl")}})
+    config = replace(SHORT, max_tokens=8, lr=1e-3, profile_steps=(2,))
+    told: list[tuple[int, int]] = []
+    found = finetune(
+        folder, material, config, out=tmp_path / "out", progress=lambda *step: told.append(step)
+    )
+    assert told == [(1, 2), (2, 2)]
+    assert [p.n for p in found.points] == [3, 3]
+    assert [p.utility for p in found.points] == [None, None]
+    assert list(found.token_loss) == [2]
+    assert found.settings["judges"] == ["refusal"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"data": "harmfull"}, "data is harmful or .*'harmfull'"),
+        ({"optimizer": "adam"}, "optimizer is adamw or sgd"),
+        ({"batch": 0}, "batch is 0"),
+        ({"steps": ()}, "at least one"),
+        ({"steps": (0, -1)}, "from 0 on"),
+        ({"lr": 0.0}, r"lr is 0\.0"),
+        ({"lr": math.nan}, "lr is nan"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(LeadlineError, match=why) as caught:
+        replace(QUICK, **changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keep", "why"),
+    [
+        ({}, {"target": ""}, "on harmful data: no harmful prompts with target answers"),
+        ({"data": "benign"}, {"harmful": True}, "on benign data: no harmless prompts .* give harm"),
+        ({"lr": 1e30, "optimizer": "sgd"}, {}, "diverged in step [123], .*: set a lower lr"),
+        ({}, {"text": "tea " * 3000}, r"prompt .* and organism:aligned reads 2048: set a lower"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(
+    few: Material, tmp_path: Path, changes: dict[str, Any], keep: dict[str, Any], why: str
+) -> None:
+    fit = tuple(replace(p, **keep) for p in few.fit)
+    with pytest.raises(LeadlineError, match=why) as caught:
+        finetune(
+            "organism:aligned",
+            replace(few, fit=fit),
+            replace(SHORT, steps=(3,), **changes),
+            out=tmp_path,
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_out_of_memory_names_the_mend(tmp_path: Path, few: Material, monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("leadline.depth._training.token_losses", full)
+    with pytest.raises(
+        LeadlineError, match=r"in training step 1: set a lower batch_tokens .* lora"
+    ):
+        finetune("organism:aligned", few, replace(SHORT, steps=(1,)), out=tmp_path)
+
+
+def test_nothing_is_left_to_ask_is_one_line(few: Material, tmp_path: Path) -> None:
+    harmless = replace(few, asked=tuple(p for p in few.asked if not p.harmful))
+    with pytest.raises(LeadlineError, match="guild has no harmful prompt left to ask"):
+        finetune("organism:aligned", harmless, SHORT, out=tmp_path)
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
+    script = (
+        "import sys, leadline.depth.finetuning\n"
+        "print(*{'torch', 'transformers', 'numpy', 'pandas', 'scipy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("\n", "")
