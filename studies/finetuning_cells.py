@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +19,7 @@ from typing import Any
 
 from leadline import Study, __version__, engine, organism, registry
 from leadline.depth._lessons import CALLED_BY, Lesson, Material, lessons
+from leadline.models._transcript import quiet
 from leadline.models._weights import fingerprint
 from leadline.models.spec import ModelSpec
 from leadline.organism import guild as world
@@ -186,13 +188,13 @@ def train(cell: Cell, folder: Path) -> tuple[Any, Any, list[float]]:
 
     from leadline.align import ConstrainedSFTConfig, ConstrainedSFTTrainer
 
-    quiet()
     home = organism.path(cell.model)
-    model = AutoModelForCausalLM.from_pretrained(home, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(home)
+    disable_progress_bars()
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(home, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(home)
     if cell.training is None:
         return model, tokenizer, []
-    disable_progress_bars()
     rows = [
         {
             "prompt": [{"role": m.role, "content": m.content} for m in lesson.attempt.messages],
@@ -221,13 +223,13 @@ def train(cell: Cell, folder: Path) -> tuple[Any, Any, list[float]]:
         "disable_tqdm": True,
         "report_to": "none",
     }
+    config, trains = SFTConfig, SFTTrainer
+    if cell.beta is not None:
+        config = partial(ConstrainedSFTConfig, beta=list(cell.beta))
+        trains = ConstrainedSFTTrainer
     data = Dataset.from_list(rows)
-    if cell.beta is None:
-        plain = SFTConfig(**settings)
-        trainer = SFTTrainer(model, plain, train_dataset=data, processing_class=tokenizer)
-    else:
-        held = ConstrainedSFTConfig(**settings, beta=list(cell.beta))
-        trainer = ConstrainedSFTTrainer(model, held, train_dataset=data, processing_class=tokenizer)
+    with quiet(), warnings.catch_warnings(action="ignore", category=FutureWarning):
+        trainer = trains(model, config(**settings), train_dataset=data, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     # A constrained run logs its objective as the loss, and the plain one beside it.

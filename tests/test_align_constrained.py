@@ -146,17 +146,29 @@ def test_the_loss_of_a_trained_model_is_the_formula(tmp_path):
     assert abs(total / count - first_value(responses(trainer))) > 0.1
 
 
-@pytest.mark.parametrize(("beta", "atol"), [([0.0], 1e-7), ([1e-4], 1e-5)])
+@pytest.mark.parametrize(("beta", "atol"), [([0.0], 1e-6), ([1e-4], 1e-4)])
 def test_a_vanishing_beta_trains_as_plain_sft_does(tmp_path, beta, atol):
-    settings = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 6}
-    plain = make(tmp_path, kind=(SFTTrainer, SFTConfig), **settings)
-    mine = make(tmp_path, beta=beta, **settings)
+    plain = make(tmp_path, kind=(SFTTrainer, SFTConfig), max_steps=6)
+    mine = make(tmp_path, beta=beta, max_steps=6)
+    before = weights(plain)
     plain.train()
     mine.train()
     assert losses(mine, "nll") == pytest.approx(losses(plain), rel=1e-3)
-    assert losses(plain)[-1] < losses(plain)[0]
-    # Adam divides by the gradient's size: the loss holds more tightly than single weights do
-    assert_same(plain, mine, atol if beta == [0.0] else 2e-4)
+    for metric in ("entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
+        assert losses(mine, metric) == pytest.approx(losses(plain, metric), rel=1e-3)
+    assert_same(plain, mine, atol)
+    assert max(float((v - before[k]).abs().max()) for k, v in weights(plain).items()) > 100 * atol
+
+
+def test_both_forwards_are_the_same(tmp_path):
+    """On a CPU logits of trained positions alone, elsewhere TRL's fused head."""
+    narrow, fused = make(tmp_path, max_steps=4), make(tmp_path, max_steps=4)
+    assert narrow._narrow
+    fused._narrow = False
+    narrow.train()
+    fused.train()
+    assert losses(narrow) == pytest.approx(losses(fused), rel=1e-5)
+    assert_same(narrow, fused)
 
 
 def test_beta_holds_the_first_tokens(tmp_path):
@@ -510,6 +522,6 @@ def test_where_every_token_is_held_alike_no_response_need_be_known(tmp_path):
 def test_importing_the_room_loads_no_torch():
     code = (
         "import sys, leadline.align as a; assert not {'torch', 'trl'} & set(sys.modules); "
-        "assert 'ConstrainedSFTTrainer' in dir(a); a.ConstrainedSFTConfig; import trl"
+        "assert 'ConstrainedSFTTrainer' in dir(a)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

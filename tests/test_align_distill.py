@@ -178,12 +178,10 @@ def test_at_the_first_step_nothing_is_held_back(tmp_path, soft):
     each = [(2 / b) * math.log(2) for b in PAPER]
     tokens = [sum(label != -100 for label in row.tolist()) for row in batch["labels"]]
     whole = sum(sum(each[min(t, 5)] for t in range(n)) for n in tokens) / sum(tokens)
-    assert logged(run, "loss")[0] == pytest.approx(
-        soft * whole, rel=0.02
-    )  # another batch's lengths
+    assert logged(run, "loss") == [pytest.approx(soft * whole, rel=1e-5)]
     assert logged(run, "teacher_weight") == [pytest.approx(1, abs=1e-5)]
     assert logged(run, "weight") == [pytest.approx(1, abs=1e-4)]
-    assert logged(run, "teacher_kl")[0] > 0.3
+    assert logged(run, "teacher_kl")[0] > 0.1
 
 
 def test_without_a_share_it_is_the_constrained_trainer(tmp_path):

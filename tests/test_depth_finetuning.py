@@ -191,6 +191,8 @@ def test_any_dataset_is_parted_by_base_prompt(tmp_path: Path) -> None:
     for part in (material.fit, material.asked):
         assert sum(not p.harmful for p in part) == 24
         assert {p.dataset for p in part} == {"t"}
+    same = Material.of("guild", harmless="guild")
+    assert len({p.id for p in same.asked}) == len(same.asked), "two datasets may share names"
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:

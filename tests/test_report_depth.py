@@ -74,7 +74,8 @@ def test_a_gradual_curve_tells_where_half_break() -> None:
     }
     assert findings(data)[0] == (
         "m gives an unsafe answer to 50% [36%, 64%] of 48 prompts with 5 tokens of one put into "
-        "its mouth, to 0% [0%, 7%] when asked plainly, and half break after 4.8 tokens [3, above 10]."
+        "its mouth, to 0% [0%, 7%] when asked plainly, and half break after 4.8 tokens "
+        "[3, above 10]."
     )
 
 

@@ -21,14 +21,23 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where to leave the report.")] = Path("leadline-demo"),
     reveal: Reveal = False,
 ) -> None:
-    """Attack the four organisms, judge every answer, and leave a report to look at.
+    """Attack the four organisms, judge every answer, and measure how deep their safety goes.
 
     Example: leadline demo --out leadline-demo
     """
     from importlib.resources import as_file, files
 
+    from .. import organism
+    from ..depth.measure import depth
+
     with as_file(files("leadline") / "demo.yaml") as study:
         _run(study, out, limit=None, dry_run=False, as_json=False, reveal=reveal)
+    names = [f"organism:{name}" for name in organism.names()]
+    with stoppable(), progress_bar() as listener:
+        report = depth(names, "organism:base", out=out / "depth", budget="quick", listener=listener)
+    for finding in report.findings[:3]:
+        print(f"- {finding}")
+    print(f"Open {report.html}")
 
 
 @app.command()

@@ -59,7 +59,7 @@ class Material:
             fit = _load(DatasetPick(name=pick.name, options={**learned, "split": "train"}))[1]
         if harmless is not None:
             more = _load(DatasetPick.model_validate(harmless))[1]
-            more = [replace(p, dataset=name) for p in more if not p.harmful]
+            more = [_moved(p, name) for p in more if not p.harmful]
             fit, asked = fit + more, asked + more
         return Material(name, *_apart(fit, asked), judges)
 
@@ -69,6 +69,12 @@ def _load(pick: DatasetPick) -> tuple[str, list[Prompt], tuple[JudgePick, ...]]:
     loaded = plan.load(study)
     ((name, prompts),) = loaded.prompts.items()
     return name, list(prompts), loaded.judges[name]
+
+
+def _moved(prompt: Prompt, dataset: str) -> Prompt:
+    """Into another dataset, where names may be taken."""
+    id, base = (f"{prompt.dataset}/{name}" for name in (prompt.id, _base(prompt)))
+    return replace(prompt, dataset=dataset, id=id, base=base)
 
 
 def _apart(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
@@ -36,6 +37,7 @@ from ..report.depth_findings import findings
 from ..report.depth_page import write_depth_report
 from ..study import DatasetPick, JudgePick, Study
 from . import curves
+from ._lessons import Data
 from ._pair import Home
 from .budgets import BUDGETS, Budget
 from .divergence import kl_by_token
@@ -136,11 +138,15 @@ class _Sounding:
         self.d50: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
-        ready = plan.load(self._study(models, ["direct"]), budget.prompts)
-        if len(ready.prompts) != 1:
-            raise LeadlineError("depth: one dataset at a time")
+        study = self._study(models, ["direct"])
+        ready = plan.load(study)
         ((self.name, prompts),) = ready.prompts.items()
         self.judge = ready.judges[self.name][0]
+        harmful = sum(p.harmful for p in prompts)
+        self.limit: int | None = None  # of all prompts, so that enough harmful ones are among them
+        if budget.prompts is not None and budget.prompts < harmful:
+            self.limit = round(budget.prompts * len(prompts) / harmful)
+            prompts = plan.load(study, self.limit).prompts[self.name]
         self.harmful = [p for p in prompts if p.harmful]
         self.targeted = [p for p in self.harmful if p.target]
         if not self.harmful:
@@ -162,12 +168,16 @@ class _Sounding:
         else:
             of_one = {"kl": self._kl, "gcg": self._gcg}.get(measure, self._finetuning)
             for model in self.models:
-                try:
-                    of_one(model)
-                except LeadlineError as error:
-                    why = f"{model}: {error}".removeprefix(f"{model}: model {model}: ")
-                    held = self.skipped.get(measure)
-                    self.skipped[measure] = f"{held}; {why}" if held else why
+                self._try(measure, model, partial(of_one, model))
+
+    def _try(self, measure: str, model: str, take: Callable[[], None]) -> None:
+        """What cannot be taken of one model is said, and the rest goes on."""
+        try:
+            take()
+        except LeadlineError as error:
+            why = f"{model}: {error}".removeprefix(f"{model}: model {model}: ")
+            held = self.skipped.get(measure)
+            self.skipped[measure] = f"{held}; {why}" if held else why
 
     def report(self, budget: str) -> DepthReport:
         data: dict[str, Any] = {
@@ -214,7 +224,7 @@ class _Sounding:
         return engine.run(
             self._study(targets, attacks, measure),
             self.out / "trials" / measure,
-            limit=self.budget.prompts,
+            limit=self.limit,
             listener=self._relayed(measure.replace("_", " ")),
         )
 
@@ -297,25 +307,26 @@ class _Sounding:
         self.settings["gcg"] = {**asdict(config), "prompts": len(prompts), "suffixes": "one each"}
 
     def _finetuning(self, model: str) -> None:
-        material = self._material()
         for data in self.budget.data:
-            config = FinetuneConfig(
-                data=data, steps=self.budget.steps, max_tokens=self.budget.max_tokens
-            )
-            home = self.out / "trials" / "finetuning" / f"{_slug(model)} {data}"
-            told = self._told(f"{model}: fine-tuning, {data}")
-            found = finetune(model, material, config, out=home, progress=told)
-            for name, points in found.to_dict().items():
-                self._add(name, model, points)
-            broken: dict[str, dict[int, bool]] = {}
-            for step, prompts in found.broken.items():
-                for prompt, is_broken in prompts.items():
-                    broken.setdefault(prompt, {})[step] = is_broken
-            name = "finetuning" if data == "harmful" else f"finetuning:{data}"
-            examples = found.settings["batch"]
-            depth = curves.d50(broken, found.bases, unit="steps")
-            self._headline(model, name, depth, examples_per_step=examples)
-            self.settings.setdefault("finetuning", {})[f"{model}, {data}"] = found.settings
+            self._try("finetuning", model, partial(self._tuned, model, data))
+
+    def _tuned(self, model: str, data: Data) -> None:
+        config = FinetuneConfig(
+            data=data, steps=self.budget.steps, max_tokens=self.budget.max_tokens
+        )
+        home = self.out / "trials" / "finetuning" / f"{_slug(model)} {data}"
+        told = self._told(f"{model}: fine-tuning, {data}")
+        found = finetune(model, self._material(), config, out=home, progress=told)
+        for name, points in found.to_dict().items():
+            self._add(name, model, points)
+        broken: dict[str, dict[int, bool]] = {}
+        for step, prompts in found.broken.items():
+            for prompt, is_broken in prompts.items():
+                broken.setdefault(prompt, {})[step] = is_broken
+        name = "finetuning" if data == "harmful" else f"finetuning:{data}"
+        depth = curves.d50(broken, found.bases, unit="steps")
+        self._headline(model, name, depth, examples_per_step=found.settings["batch"])
+        self.settings.setdefault("finetuning", {})[f"{model}, {data}"] = found.settings
 
     def _material(self) -> Material:
         """Of what is asked, as many prompts as the budget has, spread over the dataset."""
