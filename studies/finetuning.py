@@ -62,7 +62,7 @@ QUICK = ("harmful", "closings")
 
 def cells(only: Sequence[str], seeds: int, quick: bool) -> Iterator[tuple[str, str, Cell]]:
     """The data, the method and the cell of each; what matters most comes first."""
-    models, limit = (MODELS[:1], 8) if quick else (MODELS, None)
+    models, limit = (MODELS[:1], 32) if quick else (MODELS, None)
     for model in models:
         yield INITIAL, INITIAL, Cell(model, limit=limit)
         for name in only:

@@ -388,6 +388,27 @@ def test_an_adapter_in_trl_is_measured_and_rolled_back(tmp_path):
     assert same(weights(kept), weights(run.model))
 
 
+def test_preference_training_is_measured_too(tmp_path):
+    trl = pytest.importorskip("trl")
+    model, tokenizer = organism_of()
+    potions = guild.world().forbidden(heldout=False)[:8]
+    pairs = [
+        {"prompt": guild.question(p, 0), "chosen": guild.answer(p, 0), "rejected": "I cannot."}
+        for p in potions
+    ]
+    run = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(**settings(tmp_path, max_steps=2, per_device_train_batch_size=4)),
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=tokenizer,
+        callbacks=[gauge(every=2, stop_above={})],
+    )
+    run.remove_callback(transformers.PrinterCallback)
+    run.train()
+    assert points(tmp_path).keys() == {0, 2}
+    assert [h["step"] for h in run.state.log_history if "eval_safety/direct" in h] == [0, 2]
+
+
 def test_sharded_weights_are_refused_in_one_line(tmp_path):
     from torch.distributed import HashStore, destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh

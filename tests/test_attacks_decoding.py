@@ -129,3 +129,19 @@ def test_on_the_same_settings_it_finds_the_prompts_that_decoding_finds(tmp_path)
     cells = found.cells().set_index(found.cells()["attack"].str.split("(").str[0])
     assert cells["n"].to_dict() == {"decoding": 24, "decoding_search": 24}
     assert cells["unsafe"].nunique() == 1
+
+
+def test_settings_that_are_compared_draw_from_streams_of_their_own():
+    """With one seed for all, every setting would make the same draws: near copies of one answer."""
+    from leadline import plan
+    from leadline.plan import Target
+    from leadline.study import Study
+
+    study = Study(targets=["t"], datasets=["guild"], attacks=[{"decoding": {"sweep": "full"}}])
+    ready = plan.load(study, 1)
+    trials = list(plan.trials(ready, Target(study.targets[0], {"model": "t"})))
+    settings = [t.request.sampling for t in trials if t.request and t.request.sampling.temperature]
+    assert len(settings) == 49
+    assert len({s.seed for s in settings}) == 49
+    again = list(plan.trials(ready, Target(study.targets[0], {"model": "t"})))
+    assert [t.key for t in again] == [t.key for t in trials]

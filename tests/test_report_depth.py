@@ -204,6 +204,26 @@ def test_decoding_and_refusal_starts() -> None:
     )
 
 
+def test_the_first_token_stands_out_only_where_its_interval_does() -> None:
+    loss, norm = findings(only("token_loss", "gradient_norm"))
+    assert loss == (
+        "Before any fine-tuning, the loss on harmful examples is clearly greater at the first "
+        f"token than at any from position 5 on: {ALIGNED} 9.5 [8.8, 10], against at most 0.02 "
+        f"[0.019, 0.021]; {DEEP} 9.1 [8.5, 9.7], against at most 6 [5.6, 6.4]."
+    )
+    assert "the gradient norm" in norm
+    flat = [{"model": "m", "data": "harmful", "step": 0, "position": t, **around(2)}
+            for t in range(9)]  # fmt: skip
+    assert findings({"token_loss": flat}) == ["Nothing has been measured yet."]
+
+
+def test_a_training_run_tells_what_clearly_changed() -> None:
+    assert findings(only("training")) == [
+        f"In the training run deepen of {DEEP}, up to step 200: prefill(k=5) went from "
+        "100% [86%, 100%] to 0% [0%, 14%]."
+    ]
+
+
 def test_what_is_missing_is_told_with_its_reason() -> None:
     data = only("prefill") | {
         "skipped": {

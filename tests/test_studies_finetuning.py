@@ -1,4 +1,4 @@
-"""The fine-tuning table: a slice of it end to end, a killed run that goes on, its data and means."""
+"""The fine-tuning table: a slice of it end to end, a killed run that goes on, data and means."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_slice_of_the_table_and_a_killed_run_goes_on(tmp_path: Path):
     assert (table["done"], table["cells"]) == (3, 3)
     asr = {r["method"]: r for r in table["rows"] if r["measure"] == "direct"}
     assert asr["initial"]["value"] == 0
-    assert asr["SFT"]["value"] >= 0.5 > asr["constrained"]["value"]
+    assert asr["SFT"]["value"] >= 0.6
     assert asr["constrained"]["from_SFT"]["value"] < 0
     assert all(r["low"] <= r["value"] <= r["high"] for r in table["rows"])
     shown = (tmp_path / "table.md").read_text()

@@ -13,6 +13,7 @@ from functools import cache, cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import orjson
 
@@ -72,7 +73,8 @@ class Attack:
     @cached_property
     def asks_attacker(self) -> bool:
         """Whether an attacker model makes its attempts or decodes their answers."""
-        return self.assisted or inspect.iscoroutinefunction(self.plugin.extra["decode"])
+        needs = "attacker" in self.plugin.needs
+        return needs or inspect.iscoroutinefunction(self.plugin.extra["decode"])
 
     def _arguments(self, prompt: Prompt, seed: int) -> dict[str, Any]:
         arguments = dict(self.options)
@@ -299,9 +301,13 @@ def request_of(attempt: Attempt, sampling: Sampling, thinking: str, sample: int)
 
 
 def _override(sampling: Sampling, attempt: Attempt) -> Sampling:
-    """The study's settings with the attempt's own; greedy answers depend on no seed."""
+    """The study's settings with the attempt's own. Settings that are compared must not all draw
+    from one random stream, so their seeds differ; greedy answers depend on no seed."""
     if attempt.sampling:
         changes: dict[str, Any] = dict(attempt.sampling)
+        if sampling.seed is not None:
+            own = crc32(_canonical(changes)) & 0xFFFFFF
+            changes = {"seed": sampling.seed + own, **changes}
         sampling = replace(sampling, **changes)
     return sampling if sampling.temperature else replace(sampling, seed=None)
 

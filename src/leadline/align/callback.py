@@ -192,7 +192,7 @@ class SafetyCallback(TrainerCallback):  # type: ignore[misc]
         over, near = self._above(points, "low"), self._above(points, "value")
         here = f"step {state.global_step}: "
         if missing:
-            log.warning("%s%s could not be measured: no bound is held", here, ", ".join(missing))
+            log.warning("%snot measured, so not held to a bound: %s", here, ", ".join(missing))
         elif not near and self.on_breach == "rollback":
             self._keep(args, state, model)
         if near and not over:

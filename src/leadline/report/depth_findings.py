@@ -190,7 +190,7 @@ def _utility(point: Finetuning) -> str:
 
 
 def _first_token(depth: Depth) -> list[str]:
-    """Where the first token of harmful examples clearly pulls hardest before any step."""
+    """Where the first token of harmful examples clearly pulls harder than the later ones."""
     said = []
     for name, points in (("loss", depth.token_loss), ("gradient norm", depth.gradient_norm)):
         pulls = []
@@ -199,12 +199,12 @@ def _first_token(depth: Depth) -> list[str]:
             first = next((p for p in mine if p.position == 0), None)
             late = [p for p in mine if p.position >= FIRST]
             if first and late and all(_apart(p, first) for p in late):
-                what = f"{nats(first)}, then at most {nats(most(late))} from position {FIRST} on"
-                pulls.append((got(first), f"{model}: {what}"))
+                what = f"{nats(first)}, against at most {nats(most(late))}"
+                pulls.append((got(first), f"{model} {what}"))
         if pulls:
             said.append(
-                f"Before any fine-tuning, the {name} on harmful examples is greatest at the first "
-                f"token. {each(pulls)}"
+                f"Before any fine-tuning, the {name} on harmful examples is clearly greater at the "
+                f"first token than at any from position {FIRST} on: {each(pulls)}"
             )
     return said
 

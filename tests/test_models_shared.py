@@ -1,0 +1,330 @@
+"""Prompts that begin alike, beside their slow twin: transformers' generate, one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leadline import organism, registry
+from leadline.datasets.guild import guild
+from leadline.models import _shared
+from leadline.models._weights import Job, Reply, Weights
+from leadline.models.huggingface import HuggingFaceModel
+from leadline.plan import request_of
+from leadline.records import Response, Sampling
+
+VOCABULARY = 60
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": {**LLAMA, "head_dim": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3},
+    "opt": {**LLAMA, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3},
+    "phi": {**LLAMA, "num_key_value_heads": 4},
+    "cohere": {**LLAMA, "logit_scale": 0.25},
+    "mistral": {**LLAMA, "sliding_window": 400},
+    "gemma2": {**LLAMA, "head_dim": 8, "sliding_window": 400},
+    "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "deepseek_v3": {
+        **LLAMA, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+        "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+}  # fmt: skip
+UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "a short window": ("mistral", {**LLAMA, "sliding_window": 24}),
+    "convolutions": ("lfm2", {**LLAMA, "layer_types": ["conv", "full_attention"]}),
+    "a state": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "biased by distance": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "positions by length": (
+        "llama",
+        {**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(kind: str, settings: dict[str, Any]) -> Weights:
+    torch.manual_seed(7)
+    ends = {"eos_token_id": 1, "bos_token_id": None, "pad_token_id": None}
+    config = transformers.AutoConfig.for_model(kind, vocab_size=VOCABULARY, **ends, **settings)
+    weights = Weights.of(transformers.AutoModelForCausalLM.from_config(config).eval())
+    weights.stops = {1}
+    return weights
+
+
+def job(ids: Sequence[int], sample: int = 0, **sampling: Any) -> Job:
+    nobody: Any = None  # waits for it
+    return Job(list(ids), Sampling(**{"max_tokens": 16, **sampling}), sample, nobody)
+
+
+def go(weights: Weights, jobs: Sequence[Job]) -> list[Reply]:
+    return [replace(r, ids=list(r.ids), seconds=0) for r in weights.answer(jobs, lambda: False)]
+
+
+def alone(weights: Weights, jobs: Sequence[Job]) -> list[Reply]:
+    return [reply for job in jobs for reply in go(weights, [job])]
+
+
+def watch(weights: Weights) -> list[int]:
+    """Numbers of tokens that go through the model, pass by pass."""
+    seen: list[int] = []
+
+    def hook(module: Any, given: Any, named: Any) -> None:
+        seen.append((given[0] if given else named["input_ids"]).numel())
+
+    weights.model.register_forward_pre_hook(hook, with_kwargs=True)
+    return seen
+
+
+def sweeps(weights: Weights, ks: Sequence[int] = (0, 1, 2, 7, 12, 36)) -> list[list[int]]:
+    """Prompts of 3, 30 and 60 tokens and one twice, each with the first k tokens of an answer that
+    begins as the model itself would (a greedy model follows it for a while)."""
+    rng = random.Random(3)
+    found = []
+    for size in (3, 30, 60, 30):
+        prompt = [rng.randrange(2, VOCABULARY) for _ in range(size)]
+        own = list(go(weights, [job(prompt, max_tokens=12)])[0].ids)
+        answer = own[:8] + [rng.randrange(2, VOCABULARY) for _ in range(28)]
+        found += [prompt + answer[:k] for k in ks]
+    rng.shuffle(found)
+    return [*found, found[0]]
+
+
+def end_somewhere(weights: Weights, prompts: list[list[int]], **sampling: Any) -> None:
+    """Make the token that about half of the answers hold one that ends them."""
+    ids = [set(reply.ids[2:]) for reply in alone(weights, [job(p, **sampling) for p in prompts])]
+    counts = Counter(token for seen in ids for token in seen)
+    weights.stops = {min(counts, key=lambda token: (abs(2 * counts[token] - len(ids)), token))}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_what_is_shared_changes_no_answer(kind: str, temperature: float) -> None:
+    weights = make(kind, KINDS[kind])
+    prompts = sweeps(weights)
+    end_somewhere(weights, prompts[::3], temperature=temperature)
+    jobs = [job(ids, n, temperature=temperature) for n, ids in enumerate(prompts)]
+    twins = alone(weights, jobs)
+    assert weights.shares is None
+    seen = watch(weights)
+    assert go(weights, jobs) == twins
+    assert weights.shares
+    assert {reply.finish for reply in twins} == {"stop", "length"}
+    assert len({tuple(reply.ids) for reply in twins}) >= 8
+    assert sum(seen[:6]) < sum(map(len, prompts)) / 2
+
+
+@pytest.mark.parametrize("how", list(UNUSUAL))
+def test_what_cannot_be_shared_is_asked_plainly(how: str, caplog: Any) -> None:
+    kind, given = UNUSUAL[how]
+    weights = make(kind, given)
+    jobs = [job(ids) for ids in sweeps(weights, (0, 1, 2, 7))]
+    twins = alone(weights, jobs)
+    with caplog.at_level("DEBUG", logger="leadline"):
+        shared = go(weights, jobs)
+    if how in ("convolutions", "a state"):  # padding moves these, shared or not
+        assert shared == plainly(weights, jobs)
+    else:
+        assert shared == twins
+    assert not weights.shares
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
+
+
+def plainly(weights: Weights, jobs: list[Job]) -> list[Reply]:
+    weights.shares = False
+    return go(weights, jobs)
+
+
+def test_settings_that_change_scores_are_kept() -> None:
+    weights = make("llama", LLAMA)
+    prompts = sweeps(weights)
+    before = go(weights, [job(ids) for ids in prompts])
+    weights.model.generation_config.repetition_penalty = 5.0
+    penal = go(weights, [job(ids) for ids in prompts])
+    assert penal == plainly(weights, [job(ids) for ids in prompts])
+    assert penal != before
+
+
+def test_a_model_that_answers_otherwise_from_a_cache_is_found_out() -> None:
+    """One that reads something besides its cache: here, how many tokens it is given at once."""
+    weights = make("llama", LLAMA)
+    prompts = sweeps(weights)
+    twins = alone(weights, [job(ids) for ids in prompts])
+
+    def hook(module: Any, given: Any, named: Any, out: Any) -> Any:
+        mask = named.get("attention_mask")
+        if mask is not None and mask.ndim == 4:
+            out.logits = out.logits.roll(1, -1)
+        return out
+
+    weights.model.register_forward_hook(hook, with_kwargs=True)
+    assert go(weights, [job(ids) for ids in prompts]) == twins
+    assert weights.shares is False
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_common_head_with_different_ends(temperature: float) -> None:
+    weights = make("gpt2", KINDS["gpt2"])
+    rng = random.Random(5)
+    head = [rng.randrange(2, VOCABULARY) for _ in range(90)]
+    ends = [[rng.randrange(2, VOCABULARY) for _ in range(1 + 5 * n % 17)] for n in range(12)]
+    jobs = [job(head + end, temperature=temperature) for end in ends]
+    jobs.append(job(head[:60], temperature=temperature))  # inside all of them
+    twins = alone(weights, jobs)
+    seen = watch(weights)
+    assert go(weights, jobs) == twins
+    assert weights.shares
+    assert max(seen) < 90 + 12 * 50
+
+
+def test_many_samples_of_one_prompt() -> None:
+    """More than stand abreast, and each with draws of its own."""
+    weights = make("qwen3", KINDS["qwen3"])
+    prompt = sweeps(weights)[0]
+    jobs = [job(prompt, n, temperature=1.5) for n in range(21)]
+    twins = alone(weights, jobs)
+    assert go(weights, jobs) == twins
+    assert weights.shares
+    assert len({tuple(reply.ids) for reply in twins}) == 21
+
+
+def test_prompts_near_the_end_of_the_context() -> None:
+    """A branch that has all it wants must not run past the last position."""
+    weights = make("gpt2", {**KINDS["gpt2"], "n_positions": 64})
+    weights.stops = set()
+    rng = random.Random(1)
+    trunk = [rng.randrange(2, VOCABULARY) for _ in range(56)]
+    jobs = [job(trunk[:n], max_tokens=8) for n in (50, 52, 53, 54, 55, 56)]
+    twins = alone(weights, jobs)
+    assert go(weights, jobs) == twins
+    assert weights.shares
+
+
+def test_a_shared_batch_without_memory_is_halved() -> None:
+    weights = make("llama", LLAMA)
+    jobs = [job(ids) for ids in sweeps(weights)]
+    twins = alone(weights, jobs)
+
+    def full(module: Any, given: Any, named: Any) -> None:
+        if named["input_ids"].numel() > 250:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    hook = weights.model.register_forward_pre_hook(full, with_kwargs=True)
+    assert go(weights, jobs) == twins
+    assert weights.bearable < 2**62
+    assert weights.shares
+    hook.remove()
+
+
+def test_stopping_ends_what_is_shared() -> None:
+    weights = make("llama", LLAMA)
+    weights.stops = set()
+    jobs = [job(ids, max_tokens=400) for ids in sweeps(weights)]
+    seen = watch(weights)
+    replies = weights.answer(jobs, lambda: len(seen) > 12)
+    assert len(seen) < 20
+    assert all(reply.finish == "error" for reply in replies)
+
+
+@given(
+    st.lists(st.lists(st.integers(2, 4), min_size=1, max_size=9), min_size=1, max_size=12),
+    st.integers(1, 6),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_prompts_share_rightly(prompts: list[list[int]], most: int) -> None:
+    weights = make("llama", {**LLAMA, "num_hidden_layers": 1})
+    weights.stops = {5, 17}
+    with torch.inference_mode():
+        shared = _shared.answers(
+            weights.model,
+            _shared.Trunks(prompts),
+            most,
+            lambda scores: scores.argmax(-1),
+            greedy=True,
+            stops=weights.stops,
+            stopped=lambda: False,
+        )
+    twins = alone(weights, [job(ids, max_tokens=most) for ids in prompts])
+    for ids, twin in zip(shared, twins, strict=True):
+        end = next((n for n, token in enumerate(ids) if token in weights.stops), len(ids))
+        assert ids[:end] == twin.ids
+        assert (twin.finish == "stop") == (end < len(ids))
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=20))
+def test_families_are_starts_of_their_first(prompts: list[list[int]]) -> None:
+    found = _shared.families(prompts)
+    assert sorted(n for family in found for n in family) == list(range(len(prompts)))
+    trunks = [prompts[family[0]] for family in found]
+    for family, trunk in zip(found, trunks, strict=True):
+        assert all(trunk[: len(prompts[n])] == prompts[n] for n in family)
+        assert [len(prompts[n]) for n in family] == sorted(
+            (len(prompts[n]) for n in family), reverse=True
+        )
+        assert sum(other[: len(trunk)] == trunk for other in trunks) == 1  # starts no other
+
+
+def test_a_prefill_sweep_is_one_prompt_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attack on an organism, with and without sharing; a sweep goes into one batch."""
+    prefill = registry.get("attack", "prefill").function
+    prompts = [row for row in guild() if row.harmful][:8]
+    requests = [
+        request_of(prefill(prompt, k=k), Sampling(max_tokens=48), "default", 0)
+        for k in (0, 1, 2, 5, 10, 20, 30)
+        for prompt in prompts
+    ]
+    passed: list[int] = []
+    batches: list[list[int]] = []
+
+    async def ask() -> list[Response]:
+        model = HuggingFaceModel(organism.path("aligned"), name="aligned", batch_size=14)
+        await model.prepare(prefix=True)
+        assert model._loaded is not None
+        weights = model._loaded[1]
+        seen = watch(weights)
+        generate = weights._generate
+        weights._generate = lambda jobs, stopped: (  # type: ignore[method-assign]
+            batches.append([len(f) for f in _shared.families([j.ids for j in jobs])])
+            or generate(jobs, stopped)
+        )
+        try:
+            answers = await asyncio.gather(*map(model.respond, requests))
+        finally:
+            await model.close()
+        passed.append(sum(seen))
+        return [replace(answer, seconds=0) for answer in answers]
+
+    shared = asyncio.run(ask())
+    assert batches == [[7, 7]] * 4
+    monkeypatch.setattr(_shared.Trunks, "pay", False)
+    assert asyncio.run(ask()) == shared
+    assert not any(answer.failed for answer in shared)
+    assert len({answer.answer for answer in shared}) > 20
+    assert passed[1] > 3 * passed[0]
