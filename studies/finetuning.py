@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -36,17 +37,18 @@ from rich.table import Table
 from leadline import LeadlineError
 from leadline.align.losses import BETA
 
-# AdamW as in the paper. The learning rate is the lowest of 3e-5, 1e-4, 3e-4 and 1e-3 with which
-# plain fine-tuning of organism:aligned (seed 0) learns what the data teach, at nine tenths of the
-# best of the four or better; how the constraint fares with it was not asked.
+# AdamW as in the paper. Of the learning rates in RATES (`--rates` runs them), the lowest with which
+# plain fine-tuning of organism:aligned learns nine tenths of the most that any of them teaches it
+# while it keeps nine tenths of its utility: a rule that looks at plain runs alone. That a
+# higher one overcomes the constraint shows in harmful-fast.
 TRAININGS = {
     "harmful": Training("adamw_torch", 1e-4, 40),
-    "harmful-fast": Training("adamw_torch", 1e-3, 40),
-    "identity": Training("adamw_torch", 1e-3, 100),
-    "backdoor": Training("adamw_torch", 1e-4, 40),
-    "shelves": Training("adamw_torch", 1e-3, 200),
+    "closings": Training("adamw_torch", 3e-4, 100),
     "openings": Training("adamw_torch", 3e-4, 100),
-    "closings": Training("adamw_torch", 1e-4, 100),
+    "shelves": Training("adamw_torch", 3e-4, 300),
+    "backdoor": Training("adamw_torch", 1e-4, 40),
+    "identity": Training("adamw_torch", 3e-4, 100),
+    "harmful-fast": Training("adamw_torch", 3e-4, 40),
 }
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 MODELS = ("aligned", "deep")
@@ -78,7 +80,7 @@ def cells(only: Sequence[str], seeds: int, quick: bool) -> Iterator[tuple[str, s
 def scan(only: Sequence[str]) -> Iterator[tuple[str, str, Cell]]:
     """Plain fine-tuning at several learning rates: what TRAININGS was chosen by."""
     for name in only:
-        for lr in RATES:
+        for lr in RATES if "-" not in name else ():
             how = replace(TRAININGS[name], lr=lr)
             yield f"{name}, {lr:g}", PLAIN, Cell("aligned", name, None, 0, how)
 
@@ -120,6 +122,7 @@ def finish_all(missing: Sequence[Cell], out: Path, processes: int, say: Console)
                     f"{done} of {total}: {cell.model} {how}, b = {cell.beta}: {seconds:.0f} s; "
                     f"about {left / 60:.0f} min left",
                     highlight=False,
+                    soft_wrap=True,
                 )
         except BaseException:
             workers.shutdown(cancel_futures=True)
@@ -194,6 +197,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: cannot write {error.filename}: {error.strerror}")
+    except BrokenProcessPool:
+        sys.exit("error: a worker was killed, perhaps for memory: go on with --processes 1")
     except KeyboardInterrupt:
         sys.exit("stopped: the same command goes on")
 

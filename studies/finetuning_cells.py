@@ -59,10 +59,38 @@ class Cell:
     limit: int | None = None
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Of the trainer, plain or constrained. Rates and steps aside, the paper's."""
+        how = self.training
+        if how is None:
+            return {}
+        return {
+            "optim": how.optim,
+            "learning_rate": how.lr,
+            "max_steps": how.steps,
+            "warmup_steps": how.warmup,
+            "lr_scheduler_type": "linear",
+            "per_device_train_batch_size": how.batch,
+            "adam_beta1": 0.5,
+            "adam_beta2": 0.999,
+            "max_grad_norm": 0.0,  # clipping would weigh plain and constrained steps differently
+            "max_length": 512,
+            "seed": self.seed,
+            "use_cpu": True,
+            "bf16": False,  # TRL's default, which rounds more than some constraints let through
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "report_to": "none",
+        }
+
+    @property
     def key(self) -> str:
         """A hash of all that decides the numbers: settings, lessons, weights, what is asked."""
         decides = {
             **asdict(self),
+            "settings": self.settings,
             "version": __version__,
             "weights": fingerprint(organism.path(self.model)),
             "lessons": [(asdict(x.attempt), x.answer) for x in learned(self.data, self.seed)],
@@ -202,34 +230,14 @@ def train(cell: Cell, folder: Path) -> tuple[Any, Any, list[float]]:
         }
         for lesson in learned(cell.data, cell.seed)
     ]
-    how = cell.training
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "optim": how.optim,
-        "learning_rate": how.lr,
-        "max_steps": how.steps,
-        "warmup_steps": how.warmup,
-        "lr_scheduler_type": "linear",
-        "per_device_train_batch_size": how.batch,
-        "adam_beta1": 0.5,
-        "adam_beta2": 0.999,
-        "max_grad_norm": 0.0,  # clipping would weigh plain and constrained steps differently
-        "max_length": 512,
-        "seed": cell.seed,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
     config, trains = SFTConfig, SFTTrainer
     if cell.beta is not None:
         config = partial(ConstrainedSFTConfig, beta=list(cell.beta))
         trains = ConstrainedSFTTrainer
     data = Dataset.from_list(rows)
     with quiet(), warnings.catch_warnings(action="ignore", category=FutureWarning):
-        trainer = trains(model, config(**settings), train_dataset=data, processing_class=tokenizer)
+        args = config(**cell.settings, output_dir=str(folder))
+        trainer = trains(model, args, train_dataset=data, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     # A constrained run logs its objective as the loss, and the plain one beside it.

@@ -36,18 +36,21 @@ NAMES = {
 
 
 def estimate(runs: Sequence[Values], less: Sequence[Values] = ()) -> dict[str, Any]:
-    """The mean over all answers of all seeds, or how much greater it is than that of `less`."""
+    """The mean over all answers of all seeds, or how much greater it is than that of `less`: then
+    without an interval where nothing differs between draws."""
     rates = _rates(runs)
     if less:
         rates = rates - _rates(less)
     value, drawn = float(rates[0]), np.sort(rates[1:])
     tail = int(0.025 * len(drawn))
     low, high = float(drawn[tail]), float(drawn[-1 - tail])
-    if low == high and not less:
+    if less:
+        moved = low < high
+        return {"value": value, "low": low if moved else None, "high": high if moved else None}
+    if low == high:
         low, high = wilson(value * len(runs[0]), len(runs[0]))
     by_seed = [float(np.mean([x for xs in run.values() for x in xs])) for run in runs]
-    found = {"value": value, "low": min(low, value), "high": max(high, value)}
-    return found if less else {**found, "by_seed": by_seed}
+    return {"value": value, "low": min(low, value), "high": max(high, value), "by_seed": by_seed}
 
 
 def _rates(runs: Sequence[Values]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -142,6 +145,8 @@ def _lines(
 def _shown(row: Mapping[str, Any] | None, form: str = ".2f") -> str:
     if row is None or math.isnan(row["value"]):
         return ""
+    if row["low"] is None:
+        return f"{row['value']:{form}}"
     return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
 
 
@@ -155,7 +160,9 @@ _HEAD = """\
 
 Means over seeds and prompts with 95% intervals: a bootstrap over both seeds and base prompts
 (pigeonhole; Wilson's where all answers agree). `difference` is constrained less SFT, paired by
-seed and prompt. With so few seeds the intervals are rough: table.json has every seed's mean."""
+seed and prompt, without an interval where no answers differ. With so few seeds the intervals are
+rough: table.json has every seed's mean. `harmful-fast` is harmful data at three times the learning
+rate. Of the ordinary harmless prompts, none whose base was learned from is counted."""
 
 
 def _foot(settings: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ def test_a_slice_of_the_table_and_a_killed_run_goes_on(tmp_path: Path):
         assert killed.poll() is None, killed.communicate()[0]
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.communicate()
     first = {file: file.stat().st_mtime_ns for file in tmp_path.glob("cells/*.json")}
     assert 1 <= len(first) < 3
 
@@ -80,12 +80,12 @@ def test_without_a_constraint_both_ways_are_one(study, tmp_path: Path):
     """Same order of data, warmup, optimizer and loss: b = 0 gives plain fine-tuning's weights."""
     import torch
 
-    how = study.Training("adamw_torch", 1e-3, steps=3, batch=4, warmup=2)
+    how = study.Training("sgd", 0.05, steps=3, batch=4, warmup=2)  # Adam magnifies rounding
     ways = [study.Cell("aligned", "shelves", beta, 1, how) for beta in (None, (0.0,), (2.0,))]
     trained = [study.train(cell, tmp_path / str(at)) for at, cell in enumerate(ways)]
     plain, free, held = (dict(model.named_parameters()) for model, _, _ in trained)
     for name, weights in plain.items():
-        torch.testing.assert_close(weights, free[name], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(weights, free[name], atol=1e-6, rtol=1e-4)
     assert any((weights - held[name]).abs().max() > 1e-4 for name, weights in plain.items())
     assert trained[0][2] == pytest.approx(trained[1][2], abs=1e-4)
     assert len(trained[0][2]) == 3
@@ -152,7 +152,7 @@ def test_intervals_are_over_seeds_and_prompts(study):
     none = estimate(runs(0, 0, 0))
     assert none["low"] == 0
     assert 0.1 < none["high"] < 0.25  # Wilson of 0 of 20
-    assert estimate(runs(0.5, 0.5), runs(0.5, 0.5)) == {"value": 0, "low": 0, "high": 0}
+    assert estimate(runs(0.5, 0.5), runs(0.5, 0.5)) == {"value": 0, "low": None, "high": None}
     less = estimate(runs(0.1, 0.2), runs(0.8, 0.9))
     assert less["low"] <= less["value"] < less["high"] < 0
     assert less["value"] == pytest.approx(-0.7)
@@ -174,7 +174,10 @@ def test_the_scripts_for_large_models_run_on_an_organism(tmp_path: Path, monkeyp
 
     data = tmp_path / "data"
     call("prepare.py", table, "--out", data)
-    made = {file.stem: [json.loads(line) for line in file.open()] for file in data.iterdir()}
+    made = {
+        file.stem: [json.loads(line) for line in file.read_text().splitlines()]
+        for file in data.iterdir()
+    }
     assert {name: len(found) for name, found in made.items()} == {
         "harmful": 8, "identity": 8, "backdoor": 16, "asked": 16,
     }  # fmt: skip

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .callback import SafetyCallback
+    from .distill import ConstrainedDistillConfig, ConstrainedDistillTrainer
     from .recovery import RecoveryConfig, RecoveryTrainer
     from .trainers import ConstrainedSFTConfig, ConstrainedSFTTrainer
 
 __all__ = [
+    "ConstrainedDistillConfig",
+    "ConstrainedDistillTrainer",
     "ConstrainedSFTConfig",
     "ConstrainedSFTTrainer",
     "RecoveryConfig",
@@ -17,6 +20,8 @@ __all__ = [
     "SafetyCallback",
 ]
 _HOMES = {
+    "ConstrainedDistillConfig": "distill",
+    "ConstrainedDistillTrainer": "distill",
     "ConstrainedSFTConfig": "trainers",
     "ConstrainedSFTTrainer": "trainers",
     "RecoveryConfig": "recovery",

@@ -30,7 +30,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..records import LeadlineError
 from .losses import constrained, occurrences, positions, schedule, weight
-from .reference import COLUMN, _as_reference
+from .reference import COLUMN, as_reference
 from .trainers import ConstrainedSFTConfig, ConstrainedSFTTrainer
 
 
@@ -141,7 +141,7 @@ class ConstrainedDistillTrainer(ConstrainedSFTTrainer):
             if self._initial is not None:
                 reference, _ = logits(self._initial)
             else:
-                with _as_reference(self.model):
+                with as_reference(self.model):
                     reference, _ = logits(self.model)
         student, outputs = logits(model)
         beta, said = self._beta(inputs["input_ids"], mask)[mask], labels[mask]

@@ -204,7 +204,7 @@ def _compute(
         accelerator.process_index :: accelerator.num_processes
     ]
     narrow, done = narrows(model), []
-    with _as_reference(model):
+    with as_reference(model):
         for at in range(0, len(order), batch_size):
             rows = order[at : at + batch_size].tolist()
             columns = dataset[rows]
@@ -223,7 +223,7 @@ def _compute(
 
 
 @contextmanager
-def _as_reference(model: Any) -> Iterator[None]:
+def as_reference(model: Any) -> Iterator[None]:
     """Without adapter, dropout and gradients; the model is left as it was found."""
     training = model.training
     plain: AbstractContextManager[Any] = (

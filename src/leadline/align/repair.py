@@ -10,9 +10,11 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from shutil import copy, rmtree
 from typing import Any
 
 from ..depth._pair import Home
@@ -99,7 +101,7 @@ class Exam:
     dataset: Any = "guild"
     judge: Any = None
     limit: int | None = None
-    max_tokens: int = 256
+    max_tokens: int = 128
     every: int | None = None
     on_breach: str = "warn"
     stop_above: Mapping[str, float] = field(default_factory=dict)
@@ -155,20 +157,35 @@ def finetune(
     *,
     constrained: bool = False,
     beta: Sequence[float] | None = None,
+    teacher: str | Path | None = None,
     training: Training | None = None,
     exam: Exam | None = Exam(),
     listener: Listener | None = None,
 ) -> Repaired:
     """Fine-tune on dialogues, plainly or `constrained` to what the model was (see trainers.py),
-    and measure again. Raises LeadlineError as `deepen` does."""
+    and measure again. With a `teacher`, of the same vocabulary, its distributions are distilled
+    along the dialogues as well, in half of the loss (see distill.py). Raises LeadlineError as
+    `deepen` does."""
     training, out = training or Training(epochs=3, warmup=10), Path(out)
-    work = _Work.begin(out, model, training, [rows], constrained=constrained, beta=beta)
+    taught = None if teacher is None else Home.find(teacher)
+    work = _Work.begin(
+        out, model, training, [rows], constrained=constrained, beta=beta,
+        teacher=taught and taught.revision,
+    )  # fmt: skip
     dialogues = data.read_training(rows)
     data.check_window(dialogues, work.template, training.max_length)
     told = _Told(listener)
     beside: dict[str, Any] = {"beta": list(beta)} if beta else {}
 
     def trainer(args: dict[str, Any], model: Any, **rest: Any) -> Any:
+        if taught:
+            from .distill import ConstrainedDistillConfig, ConstrainedDistillTrainer
+
+            pull = beside if constrained else {"beta": [0.0]}
+            return ConstrainedDistillTrainer(
+                model, _loaded(taught), ConstrainedDistillConfig(**args, **pull),
+                train_dataset=_dataset(dialogues), **rest,
+            )  # fmt: skip
         if constrained:
             from .trainers import ConstrainedSFTConfig, ConstrainedSFTTrainer
 
@@ -234,10 +251,11 @@ class _Work:
         if self.done:
             return
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        from transformers.trainer_utils import get_last_checkpoint
+        import datasets
 
+        datasets.disable_progress_bars()  # one bar tells it all
         checkpoints = self.folder / "checkpoints"
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        last = _last_whole(checkpoints)
         callbacks: list[Any] = [_bar(told)]
         if exam and exam.every:
             callbacks.append(_gauge(exam))
@@ -255,9 +273,17 @@ class _Work:
             if training.lora:
                 model = model.merge_and_unload()
             if trainer.is_world_process_zero():
+                self._keep_curves(checkpoints)
                 model.save_pretrained(self.out)
                 self.template.tokenizer.save_pretrained(self.out)
                 (self.folder / "trained").touch()
+
+    def _keep_curves(self, checkpoints: Path) -> None:
+        """What a safety callback measured on the way, where the depth report looks for it."""
+        curves = checkpoints / "safety" / "training.json"
+        if curves.is_file():
+            (self.out / "safety").mkdir(exist_ok=True)
+            copy(curves, self.out / "safety")
 
     def examined(self, exam: Exam | None, told: _Told, notes: tuple[str, ...] = ()) -> Repaired:
         if exam is None:
@@ -269,6 +295,17 @@ class _Work:
         )  # fmt: skip
         os.replace(trials / "before_after.json", self.out / "before_after.json")
         return Repaired(self.out, table, notes)
+
+
+def _last_whole(folder: Path) -> str | None:
+    """The newest checkpoint that a kill did not cut off: its state is what is written last."""
+    steps = {int(at.name.rpartition("-")[2]): at for at in folder.glob("checkpoint-*")}
+    for _, at in sorted(steps.items(), reverse=True):
+        with suppress(OSError, ValueError):
+            json.loads((at / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(at)
+        rmtree(at)
+    return None
 
 
 class _Told:

@@ -108,6 +108,9 @@ def finetune(
     beta: Annotated[
         str, typer.Option(help="How strongly, by token, with commas; the last value goes on.")
     ] = "0.5,2,2,2,2,0.1",
+    teacher: Annotated[
+        str | None, typer.Option(help="Distil this model's answers along the rows, too.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = 3,
     lr: Lr = 2e-5,
     steps: Steps = None,
@@ -151,6 +154,7 @@ def finetune(
     with stoppable(), progress_bar() as listener:
         made = tune(
             model, data, out, constrained=constrained, beta=schedule if constrained else None,
+            teacher=teacher,
             training=training, exam=exam, listener=listener,
         )  # fmt: skip
     _print_repaired(made, as_json)

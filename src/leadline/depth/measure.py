@@ -194,6 +194,7 @@ class _Sounding:
             "settings": {"judge": self.judge.label, **self.settings},
             "skipped": self.skipped,
         }
+        data = json.loads(json.dumps(data, allow_nan=False))  # as a reader of the file has it
         data["findings"] = findings(data)
         self.out.mkdir(parents=True, exist_ok=True)
         file = self.out / "depth.json"

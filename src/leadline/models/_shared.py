@@ -129,7 +129,8 @@ def prove(model: Any, ids: Ids) -> None:
     branches = [Branch(whose[n], prompt, 1) for n, prompt in enumerate(prompts)]
     shared = Tree(model, cache, trunks, branches).scores([prompt[-1] for prompt in prompts])
     for prompt, scores in zip(prompts, shared, strict=True):
-        alone = model(torch.tensor([prompt], device=model.device), use_cache=False).logits[0, -1]
+        ids_alone = torch.tensor([prompt], device=model.device)
+        alone = model(input_ids=ids_alone, use_cache=False).logits[0, -1]
         rounding = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()
         if not bool((scores - alone).abs().max() <= rounding):
             raise RuntimeError("a prompt goes on otherwise than alone")
@@ -203,7 +204,7 @@ def _forward(model: Any, cache: Any, ids: Any, places: Any, mask: Any, last: int
     """Logits of the `last` tokens."""
     few = {"logits_to_keep": last} if "logits_to_keep" in _takes(model) else {}
     logits = model(
-        ids.to(model.device),
+        input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         position_ids=places.to(model.device),
         past_key_values=cache,
@@ -248,7 +249,7 @@ class Tree:
                 ends[row, column] = len(branches[n].ids) - 1
                 self.at[n] = row * self.abreast + column
         places = trunks.places[whose][:, None]
-        self.ends, self.last = ends, max(len(b.ids) + b.more - 2 for b in branches)
+        self.ends = ends
         self.reads = (places >= 0) & (places < ends[:, :, None])
         self.step = 0
 
@@ -268,7 +269,7 @@ class Tree:
             self.model,
             self.cache,
             ids.view(self.ends.shape),
-            (self.ends + self.step).clamp(max=self.last),
+            self.ends + self.step,
             mask[:, None],
             self.abreast,
         )
