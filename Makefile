@@ -10,11 +10,14 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 demo: $(VENV)/.ready
 	$(BIN)/leadline demo --out leadline-demo
 
+# Side by side, a file to a process: models of this size gain nothing from threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -26,6 +29,8 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/refusal_judge.py
 	$(BIN)/python benchmarks/attacks.py
 	$(BIN)/python benchmarks/kl.py
+	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/python benchmarks/constrained.py
 
 # torch first: what is asked for by name takes the pinned build, whatever other packages allow.
 # judgezoo alone: the judges read its texts and need none of the providers' clients it depends on.

@@ -39,7 +39,7 @@ from leadline.align.losses import BETA
 
 # AdamW as in the paper. Of the learning rates in RATES (`--rates` runs them), the lowest with which
 # plain fine-tuning of organism:aligned learns nine tenths of the most that any of them teaches it
-# while it keeps nine tenths of its utility: a rule that looks at plain runs alone. That a
+# while it keeps three quarters of its utility: a rule that looks at plain runs alone. That a
 # higher one overcomes the constraint shows in harmful-fast.
 TRAININGS = {
     "harmful": Training("adamw_torch", 1e-4, 40),

@@ -215,6 +215,20 @@ def test_many_samples_of_one_prompt() -> None:
     assert len({tuple(reply.ids) for reply in twins}) == 21
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, when it wraps a model
+def test_an_adapter_in_memory_is_shared() -> None:
+    peft = pytest.importorskip("peft")
+    weights = make("llama", LLAMA)
+    prompts = sweeps(weights)
+    before = go(weights, [job(ids) for ids in prompts])
+    config = peft.LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = Weights.of(peft.get_peft_model(weights.model, config).eval())
+    adapted.stops = {1}
+    twins = alone(adapted, [job(ids) for ids in prompts])
+    assert go(adapted, [job(ids) for ids in prompts]) == twins != before
+    assert adapted.shares
+
+
 def test_prompts_up_to_the_end_of_the_context() -> None:
     weights = make("gpt2", {**KINDS["gpt2"], "n_positions": 64})
     weights.stops = set()

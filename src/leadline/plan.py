@@ -33,6 +33,7 @@ from .records import (
 from .study import AttackPick, JudgePick, Study
 
 log = logging.getLogger("leadline")
+_SIDE_BY_SIDE = 64  # trials of a sweep: what a local model answers at once
 NO_ATTACKER = "no attacker model: name one under attacker: in the study file"
 
 
@@ -243,7 +244,7 @@ def trials(plan: Plan, target: Target) -> Iterator[Trial]:
     head = _canonical({"model": target.identity})
     attacker = study.attacker.model_dump(exclude={"card"}) if study.attacker else None
     crashed: set[str] = set()
-    for thinking, (dataset, attack, prompts) in itertools.product(spec.thinking, _blocks(plan)):
+    for thinking, (dataset, attack, prompts) in itertools.product(spec.thinking, _abreast(plan)):
         made_from = [attack.label, dict(attack.options), attacker, study.seed, _contents(attack)]
         aside = _canonical(made_from)
         for prompt in prompts:
@@ -292,6 +293,20 @@ def _blocks(plan: Plan) -> Iterator[tuple[str, Attack, list[Prompt]]]:
         for attack, chosen in blocks.values():
             if chosen:
                 yield dataset, attack, chosen
+
+
+def _abreast(plan: Plan) -> Iterator[tuple[str, Attack, list[Prompt]]]:
+    """The blocks, with the variants of one attack (a sweep of its options) side by side, a few
+    prompts at a time: what a model reads of a prompt is then read once for all of them."""
+    for (dataset, _), variants in itertools.groupby(
+        _blocks(plan), key=lambda block: (block[0], block[1].plugin.name)
+    ):
+        sweep = list(variants)
+        size = -(-_SIDE_BY_SIDE // len(sweep)) if len(sweep) > 1 else len(sweep[0][2])
+        for start in range(0, max(len(prompts) for _, _, prompts in sweep), size):
+            for _, attack, prompts in sweep:
+                if some := prompts[start : start + size]:
+                    yield dataset, attack, some
 
 
 def request_of(attempt: Attempt, sampling: Sampling, thinking: str, sample: int) -> Request:

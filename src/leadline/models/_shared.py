@@ -189,11 +189,11 @@ def _fill(model: Any, trunks: Trunks, last: int) -> tuple[Any, list[Ids]]:
     from transformers.cache_utils import Cache
 
     cache = Cache(layer_class_to_replicate=_roomy())
-    head, gaps = trunks.head, torch.tensor(trunks.gaps)[:, None]
+    head = trunks.head
     if head:
         ids = torch.tensor([trunks.ids[0][:head]])
         _forward(model, cache, ids, torch.arange(head)[None], torch.ones_like(ids), 1)
-        cache.batch_repeat_interleave(len(gaps))
+        cache.batch_repeat_interleave(len(trunks.ids))
     padded = [[0] * gap + t[head:] for gap, t in zip(trunks.gaps, trunks.ids, strict=True)]
     ids, places = torch.tensor(padded), trunks.places
     logits = _forward(model, cache, ids, places[:, head:].clamp(min=0), (places >= 0).long(), last)
@@ -233,8 +233,11 @@ class Tree:
 
         self.model, self.cache, self.branches = model, cache, branches
         on = [[n for n, b in enumerate(branches) if b.trunk == t] for t in range(len(trunks.ids))]
-        most = max(map(len, on))
-        self.abreast = min(_ABREAST, most)
+        # A row costs about as much as four branches, and the places that stay empty cost, too.
+        self.abreast = min(
+            range(1, _ABREAST + 1),
+            key=lambda abreast: (abreast + 4) * sum(-(-len(mine) // abreast) for mine in on),
+        )
         rows = [
             (trunk, mine[at : at + self.abreast])
             for trunk, mine in enumerate(on)
