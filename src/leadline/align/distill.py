@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..records import LeadlineError
-from .losses import constrained, occurrences, positions, schedule, weight
+from .losses import constrained, weight
 from .reference import COLUMN, as_reference
 from .trainers import ConstrainedSFTConfig, ConstrainedSFTTrainer
 
@@ -165,11 +165,6 @@ class ConstrainedDistillTrainer(ConstrainedSFTTrainer):
             label_mask=mask,
             aux_loss=getattr(outputs, "aux_loss", None),
         )
-
-    def _beta(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """b_t of every token [rows, tokens - 1], counted as the constrained loss counts."""
-        given = occurrences(ids, self._given)[:, 1:] & (positions(mask) <= len(self._given))
-        return schedule(self.args.beta, positions(mask & ~given))
 
     def _note(self, **values: Tensor) -> None:
         """Keep the means over the tokens of all processes for the next log."""

@@ -238,14 +238,19 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         token more, but none of the virtual tokens that a prompt-learning adapter adds."""
         virtual = mask.size(1) - ids.size(1) + 1
         reference = pad(reference[:, 1:], (virtual, 0))
-        given = pad(occurrences(ids, self._given)[:, 1:], (virtual, 0))
-        given &= positions(mask) <= len(self._given)
-        beta = schedule(self.args.beta, positions(mask & ~given))
+        beta = self._beta(ids, mask)
         with torch.no_grad():
             weights = weight(logps, reference, beta, mask)
             sums = torch.stack([-logps.float().sum(), weights.sum(), mask.sum()])
             self._sums[self.model.training] += self.accelerator.reduce(sums, "sum")
         return constrained(logps, reference, beta, mask)
+
+    def _beta(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """b_t of every token [rows, tokens - 1], as `mask`."""
+        virtual = mask.size(1) - ids.size(1) + 1
+        given = pad(occurrences(ids, self._given)[:, 1:], (virtual, 0))
+        given &= positions(mask) <= len(self._given)
+        return schedule(self.args.beta, positions(mask & ~given))
 
     def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
         """Also means per token, over all micro-batches and processes since the last log."""
