@@ -148,7 +148,7 @@ def test_fine_tuning_tells_d50_in_steps_and_examples() -> None:
         f"[7.8, 11] (74 examples); {DEEP} after 17 steps [14, 21] (136 examples)."
     )
     assert "38 steps [33, above 40]" in said[1]
-    assert "without the trigger 6%" in said[2]
+    assert "asked plainly 6%" in said[2]
     assert said[3].startswith("Fine-tuning on benign examples takes the unsafe answers of")
     assert "half" not in said[3]
 

@@ -147,7 +147,7 @@ def tuned(depth: Depth, model: str, data: str) -> D50 | None:
     return depth.d50.get(model, {}).get(name)
 
 
-_OFF, _AT_LAST = ", without the trigger", "; at the end, without the trigger"
+_OFF, _AT_LAST = ", asked plainly", "; at the end, asked plainly"
 
 
 def _taught(depth: Depth, data: str, points: list[Finetuning]) -> list[str]:

@@ -144,7 +144,7 @@ def _finetuning(depth: Depth) -> Plot | None:
                 for p in mine
                 if p.untriggered is not None
             ]
-            lines += [_line(s, without, "without the trigger")] if without else []
+            lines += [_line(s, without, "asked plainly")] if without else []
             gained = [
                 [p.step, *_point(p.utility, p.utility_low, p.utility_high, p.n)]
                 for p in mine

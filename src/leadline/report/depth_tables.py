@@ -177,7 +177,7 @@ _TUNING: Columns = {
     "examples": lambda p: "–" if p.examples is None else p.examples,
 }
 _utility: Columns = {
-    "without the trigger": lambda p: "–" if p.untriggered is None else percent(p.untriggered),
+    "asked plainly": lambda p: "–" if p.untriggered is None else percent(p.untriggered),
     "utility": lambda p: "–" if p.utility is None else percent(p.utility),
     "95% interval": lambda p: (
         "–" if p.utility_low is None or p.utility_high is None
