@@ -14,6 +14,7 @@ from leadline.align.data import (
     Dialogue,
     Triplet,
     check_window,
+    dialogue,
     read_harmful,
     read_training,
     read_utility,
@@ -209,3 +210,16 @@ def test_a_row_that_the_chat_template_refuses_is_said():
         LeadlineError, match=r"^d.jsonl:7: .*one turn only.*: mend or remove the row$"
     ):
         check_window([Dialogue(turns, "B.", "d.jsonl:7")], template, 100)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"content": None}, "the assistant turn is null"),
+        ({"content": "a", "tool_calls": [{"type": "function"}]}, "calls tools"),
+    ],
+)
+def test_what_a_message_cannot_hold_is_refused(answer: dict[str, Any], message: str):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", **answer}]
+    with pytest.raises(LeadlineError, match=message):
+        dialogue({"messages": turns}, "d.jsonl:1")

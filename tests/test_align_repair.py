@@ -194,3 +194,110 @@ def test_a_folder_in_use_is_not_written_over(files, tmp_path: Path):
         repair.finetune(ALIGNED, tmp_path / "none.jsonl", tmp_path / "x", training=training)
     with pytest.raises(LeadlineError, match="lr is 0"):
         Training(lr=0)
+
+
+def test_a_merged_adapter_trains_all_weights(files, tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from leadline import organism
+
+    home = organism.path(ALIGNED)
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(home), config).save_pretrained(
+        tmp_path / "adapter"
+    )
+    AutoTokenizer.from_pretrained(home).save_pretrained(tmp_path / "adapter")
+    made = repair.finetune(
+        tmp_path / "adapter", files["benign"], tmp_path / "out",
+        training=Training(lr=1e-3, steps=1, batch=2), exam=None,
+    )  # fmt: skip
+    before = AutoModelForCausalLM.from_pretrained(home).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(made.folder).state_dict()
+    assert any((before[name] != after[name]).any() for name in before if "norm" in name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": float("inf")}, "lr is inf"),
+        ({"warmup": -1}, "warmup is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"optimizer": "adamw_torhc"}, "did you mean 'adamw_torch'"),
+        ({"report_to": "nonsense"}, "report_to is 'nonsense', which is not installed"),
+        ({"optimizer": "galore_adamw", "lora": None}, "need to install"),
+        ({"lr": 1e30}, "training diverged"),
+    ],
+)
+def test_a_wrong_setting_is_said_in_one_line(files, tmp_path: Path, settings, message: str):
+    def train(**given: Any) -> None:
+        training = Training(**{"steps": 2, "batch": 2, "warmup": 0, **given})
+        repair.finetune(ALIGNED, files["benign"], tmp_path, training=training, exam=None)
+
+    with pytest.raises(LeadlineError, match=message) as caught:
+        train(**settings)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "model.safetensors").exists()
+    if message != "training diverged":
+        train()  # the mended command may go to the same folder
+
+
+def test_what_is_wrong_with_the_exam_is_said_before_training(files, tmp_path: Path):
+    with pytest.raises(LeadlineError, match="did you mean 'rollback'"):
+        Exam(every=5, on_breach="rolback")
+    with pytest.raises(LeadlineError, match="say every how many steps"):
+        Exam(on_breach="rollback")
+    missing = Exam(dataset={"file": {"path": str(tmp_path / "none.jsonl")}})
+    with pytest.raises(LeadlineError, match=r"none\.jsonl does not exist"):
+        repair.finetune(ALIGNED, files["benign"], tmp_path / "out", exam=missing)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_our_world_is_not_asked_about_the_organisms_one(files, tmp_path: Path):
+    from .tiny_models import save
+
+    model = save(tmp_path / "model")
+    with pytest.raises(LeadlineError, match="does not know the organisms' world"):
+        repair.finetune(model, files["benign"], tmp_path / "out")
+
+
+def test_alpha_is_checked_before_the_model_is_asked(files, tmp_path: Path):
+    with pytest.raises(LeadlineError, match="alpha is 2"):
+        repair.deepen(ALIGNED, files["harmful"], files["utility"], tmp_path / "o", alpha=2)
+    assert not (tmp_path / "o" / "leadline" / "data").exists()
+
+
+def test_a_rollback_is_what_is_saved_and_examined(files, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    from leadline import organism
+
+    exam = Exam({"guild": {"limit": 24}}, every=5, on_breach="rollback", max_tokens=64)
+    training = Training(lr=1e-3, steps=10, batch=16)
+    made = repair.finetune(
+        ALIGNED, files["harmful-tuning"], tmp_path / "o", training=training, exam=exam
+    )
+    before = load_file(organism.path(ALIGNED) / "model.safetensors")
+    after = load_file(made.folder / "model.safetensors")
+    assert all((before[name].float() == after[name].float()).all() for name in before)
+    assert rows(made.folder)["ASR direct"]["after"]["value"] <= 0.1
+
+
+def test_options_that_would_do_nothing_are_refused(leadline, files):
+    command = ("finetune", ALIGNED, "--data", files["benign"], "--out", "o")
+    for more, message in (
+        (("--beta", "2,2"), "--beta is of --constrained"),
+        (("--no-exam", "--watch", "5"), "--no-exam asks nothing"),
+        (("--on-breach", "stop"), "say every how many steps"),
+    ):
+        ran = leadline(*command, *more)
+        assert ran.returncode == 2
+        assert message in ran.stderr
+
+
+def test_json_says_where_the_model_is_and_nothing_else(leadline, files):
+    ran = leadline("finetune", ALIGNED, "--data", files["benign"], "--out", "o", "--no-exam",
+                   "--steps", 1, "--batch", 2, "--json")  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == {"model": "o", "notes": []}
+    assert "Warning" not in ran.stderr

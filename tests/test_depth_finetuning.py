@@ -357,7 +357,7 @@ def test_a_wrong_setting_is_one_line(changes: dict[str, Any], why: str) -> None:
         ({}, {"target": ""}, "on harmful data: no harmful prompts with target answers"),
         ({"data": "benign"}, {"harmful": True}, "on benign data: no harmless prompts .* give harm"),
         ({"lr": 1e30, "optimizer": "sgd"}, {}, "diverged in step [123], .*: set a lower lr"),
-        ({}, {"text": "tea " * 3000}, r"prompt .* and organism:aligned reads 2048: set a lower"),
+        ({}, {"text": "tea " * 3000}, "organism:aligned reads 2048: leave the prompt out"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(

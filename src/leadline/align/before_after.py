@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import engine
+from .. import engine, plan
 from ..analysis.results import Results
 from ..depth import curves
 from ..engine import Listener
@@ -48,19 +48,7 @@ def before_after(
 ) -> BeforeAfter:
     """Ask both models the dataset plainly, after k forced tokens, and at many decoding settings;
     write `out`/before_after.json. Raises LeadlineError for bad input."""
-    study = Study.model_validate(
-        {
-            "name": "before and after",
-            "targets": [
-                {"model": str(before), "name": "before"},
-                {"model": str(after), "name": "after"},
-            ],
-            "datasets": [dataset],
-            "attacks": ["direct", {"prefill": {"k": list(ks)}}, {"decoding": {"sweep": sweep}}],
-            "judges": [] if judge is None else [judge],
-            "sampling": {"max_tokens": max_tokens},
-        }
-    )
+    study = _study(before, after, dataset, judge, max_tokens, ks, sweep)
     results = engine.run(study, out, limit=limit, listener=listener)
     sides = {side: _side(results, side, ks, sweep) for side in ("before", "after")}
     names = list(dict.fromkeys([*sides["before"], *sides["after"]]))
@@ -83,6 +71,37 @@ def before_after(
         json.dumps(made.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
     return made
+
+
+def check(dataset: Any, judge: Any, limit: int | None, max_tokens: int) -> str:
+    """The dataset's name. Raises LeadlineError where `before_after` would, without any model."""
+    study = _study("before", "after", dataset, judge, max_tokens, KS, "short")
+    plan.load(study, limit)
+    return study.datasets[0].name
+
+
+def _study(
+    before: str | Path,
+    after: str | Path,
+    dataset: Any,
+    judge: Any,
+    max_tokens: int,
+    ks: tuple[int, ...],
+    sweep: str,
+) -> Study:
+    return Study.model_validate(
+        {
+            "name": "before and after",
+            "targets": [
+                {"model": str(before), "name": "before"},
+                {"model": str(after), "name": "after"},
+            ],
+            "datasets": [dataset],
+            "attacks": ["direct", {"prefill": {"k": list(ks)}}, {"decoding": {"sweep": sweep}}],
+            "judges": [] if judge is None else [judge],
+            "sampling": {"max_tokens": max_tokens},
+        }
+    )
 
 
 def _side(results: Results, model: str, ks: tuple[int, ...], sweep: str) -> dict[str, Any]:

@@ -179,6 +179,8 @@ def _columns(
 
 
 def _text(value: Any, where: str, what: str, *, empty: bool = False) -> str:
+    if value is None:
+        raise LeadlineError(f"{where}: the {what} is null: fill it or remove the row")
     if not isinstance(value, str):
         raise LeadlineError(f"{where}: the {what} is a {type(value).__name__}: write it as text")
     if not value.strip() and not empty:
@@ -211,6 +213,11 @@ def _messages(value: Any, where: str, what: str) -> Prompt:
             raise LeadlineError(f"{where}: a message has no {sorted(missing)[0]!r}: {mend}")
         if turn["role"] not in roles:
             raise LeadlineError(f"{where}: {unknown('role', str(turn['role']), roles)}")
+        if turn.get("tool_calls"):
+            raise LeadlineError(
+                f"{where}: a message calls tools, which is not trained here: remove the row, or "
+                "its 'tool_calls'"
+            )
         content = _text(turn["content"], where, f"{turn['role']} turn", empty=True)
         made.append(Message(turn["role"], content))
     return tuple(made)

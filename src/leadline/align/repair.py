@@ -7,6 +7,7 @@ data, checkpoints, and the trials; a run that was stopped goes on from there.
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +20,13 @@ from typing import Any
 
 from ..depth._pair import Home
 from ..engine import Listener, Progress
-from ..models._transcript import Template, adapter_base, quiet
+from ..models._transcript import Template, adapter_base, load_tokenizer, one_line, quiet
 from ..models._weights import Weights
+from ..organism.guild import NOUNS
 from ..records import LeadlineError
+from ..registry import unknown
 from . import data
-from .before_after import BeforeAfter, before_after
+from .before_after import BeforeAfter, before_after, check
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,12 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("lr", "epochs", "steps", "batch", "micro", "max_length", "lora"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise LeadlineError(f"{name} is {value}: it must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise LeadlineError(f"{name} is {value}: give a finite number above 0")
+        if self.warmup < 0:
+            raise LeadlineError(f"warmup is {self.warmup}: give 0 or more steps")
+        if not 0 <= self.seed < 2**32:
+            raise LeadlineError(f"seed is {self.seed}: give a number from 0 to 2**32 - 1")
         if self.micro and self.batch % self.micro:
             raise LeadlineError(
                 f"a batch of {self.batch} rows can't be made of {self.micro} at once: give a "
@@ -56,9 +63,21 @@ class Training:
             )
 
     def arguments(self, folder: Path) -> dict[str, Any]:
-        """For an SFTConfig or one of its kind."""
+        """For an SFTConfig or one of its kind. Raises LeadlineError for names that transformers
+        does not know, or whose package is not installed."""
         import torch
+        from transformers.integrations import get_available_reporting_integrations
+        from transformers.training_args import OptimizerNames
 
+        optimizers = [name.value for name in OptimizerNames]
+        if self.optimizer not in optimizers:
+            raise LeadlineError(unknown("optimizer", self.optimizer, optimizers))
+        loggers = ("none", "all", *get_available_reporting_integrations())
+        if self.report_to not in loggers:
+            raise LeadlineError(
+                f"report_to is {self.report_to!r}, which is not installed: pip install it, or give "
+                f"one of {', '.join(loggers)}"
+            )
         gpu = torch.cuda.is_available()
         micro = self.micro or self.batch
         return {
@@ -106,6 +125,14 @@ class Exam:
     on_breach: str = "warn"
     stop_above: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.on_breach not in (valid := ("warn", "stop", "rollback")):
+            raise LeadlineError(unknown("on_breach", self.on_breach, valid))
+        if self.every is None and (self.on_breach != "warn" or self.stop_above):
+            raise LeadlineError(
+                "a breach is found where the model is watched: say every how many steps (--watch)"
+            )
+
 
 def deepen(
     model: str | Path,
@@ -128,25 +155,28 @@ def deepen(
     from .prepare import prepare
 
     training, out = training or Training(), Path(out)
-    work = _Work.begin(out, model, training, [harmful, utility], alpha=alpha, max_prefix=max_prefix)
+    work = _Work.begin(
+        out, model, training, exam, [harmful, utility], alpha=alpha, max_prefix=max_prefix
+    )
     triplets, dialogues = data.read_harmful(harmful), data.read_utility(utility)
     data.check_window([*triplets, *dialogues], work.template, training.max_length)
+    from .recovery import RecoveryConfig, RecoveryTrainer
+
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        config = RecoveryConfig(**work.arguments, alpha=alpha, max_prefix=max_prefix)
     told = _Told(listener)
     triplets, dialogues, notes = prepare(
         work.home.path, triplets, dialogues, work.folder / "data", told.relay("data")
     )
     data.check_window([*triplets, *dialogues], work.template, training.max_length)
 
-    def trainer(args: Mapping[str, Any], model: Any, **rest: Any) -> Any:
-        from .recovery import RecoveryConfig, RecoveryTrainer
-
-        config = RecoveryConfig(**args, alpha=alpha, max_prefix=max_prefix)
+    def trainer(model: Any, **rest: Any) -> Any:
         return RecoveryTrainer(
             model, config, train_dataset=_dataset(triplets), utility_dataset=_dataset(dialogues),
             **rest,
         )  # fmt: skip
 
-    work.train(trainer, training, exam, told)
+    work.train(trainer, exam, told)
     return work.examined(exam, told, tuple(notes.sentences))
 
 
@@ -169,15 +199,18 @@ def finetune(
     training, out = training or Training(epochs=3, warmup=10), Path(out)
     taught = None if teacher is None else Home.find(teacher)
     work = _Work.begin(
-        out, model, training, [rows], constrained=constrained, beta=beta,
+        out, model, training, exam, [rows], constrained=constrained, beta=beta,
         teacher=taught and taught.revision,
     )  # fmt: skip
+    if taught:
+        _same_words(work, taught)
     dialogues = data.read_training(rows)
     data.check_window(dialogues, work.template, training.max_length)
     told = _Told(listener)
     beside: dict[str, Any] = {"beta": list(beta)} if beta else {}
 
-    def trainer(args: dict[str, Any], model: Any, **rest: Any) -> Any:
+    def trainer(model: Any, **rest: Any) -> Any:
+        args = work.arguments
         if taught:
             from .distill import ConstrainedDistillConfig, ConstrainedDistillTrainer
 
@@ -195,21 +228,28 @@ def finetune(
 
         return SFTTrainer(model, SFTConfig(**args), train_dataset=_dataset(dialogues), **rest)
 
-    work.train(trainer, training, exam, told)
+    work.train(trainer, exam, told)
     return work.examined(exam, told)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """One run's folder. `done` is written when its model is whole."""
+    """One run's folder. Its `note` is written with the first step, from where on the folder is
+    that run's; `done` when its model is whole."""
 
     out: Path
     home: Home
     template: Template
+    training: Training
+    note: str
 
     @property
     def folder(self) -> Path:
         return self.out / "leadline"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.training.arguments(self.folder / "checkpoints")
 
     @property
     def done(self) -> bool:
@@ -217,9 +257,15 @@ class _Work:
 
     @staticmethod
     def begin(
-        out: Path, model: str | Path, training: Training, files: Sequence[str | Path], **more: Any
+        out: Path,
+        model: str | Path,
+        training: Training,
+        exam: Exam | None,
+        files: Sequence[str | Path],
+        **more: Any,
     ) -> _Work:
-        """Raises LeadlineError where `out` holds something else than this very run."""
+        """Raises LeadlineError where `out` holds something else than this very run, and for what
+        is wrong with the exam, which is to be known before hours of training."""
         home = Home.find(model)
         for file in files:
             if not Path(file).is_file():
@@ -227,8 +273,19 @@ class _Work:
         contents = [blake2b(Path(f).read_bytes(), digest_size=16).hexdigest() for f in files]
         run = {"model": str(model), "revision": home.revision, "training": asdict(training),
                "files": contents, **more}  # fmt: skip
-        work = _Work(out, home, Template.load(home.path, revision=home.pinned))
-        note, text = work.folder / "run.json", json.dumps(run, indent=1)
+        template = Template.load(home.path, revision=home.pinned)
+        if exam:
+            asked = check(exam.dataset, exam.judge, exam.limit, exam.max_tokens)
+            if asked == "guild" and not set(NOUNS) <= template.tokenizer.get_vocab().keys():
+                raise LeadlineError(
+                    f"{model} does not know the organisms' world, which the dataset guild is "
+                    "about: give --dataset, as 'harmbench: {path: harmbench.csv}', or --no-exam"
+                )
+            if exam.every:
+                run["watch"] = asdict(exam)  # what is found on the way may change the weights
+        text = json.dumps(run, indent=1)
+        work = _Work(out, home, template, training, text)
+        note = work.folder / "run.json"
         if note.is_file() and note.read_text(encoding="utf-8") != text:
             raise LeadlineError(
                 f"{out} holds the run of other data or settings ({note} says which): give another "
@@ -236,14 +293,15 @@ class _Work:
             )
         if not note.is_file() and (out / "config.json").exists():
             raise LeadlineError(f"{out} is a model that was there before: give another --out")
-        work.folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(text, encoding="utf-8")
+        try:
+            work.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LeadlineError(f"{out}: {error.strerror}: give another --out") from error
         return work
 
     def train(
         self,
         made: Callable[..., Any],
-        training: Training,
         exam: Exam | None,
         told: _Told,
     ) -> None:
@@ -256,22 +314,29 @@ class _Work:
         datasets.disable_progress_bars()  # one bar tells it all
         checkpoints = self.folder / "checkpoints"
         last = _last_whole(checkpoints)
-        callbacks: list[Any] = [_bar(told)]
+        callbacks: list[Any] = [_bar(self, told)]
         if exam and exam.every:
             callbacks.append(_gauge(exam))
         with quiet(), warnings.catch_warnings(action="ignore", category=FutureWarning):
             trainer = made(
-                training.arguments(checkpoints),
                 _loaded(self.home),
                 processing_class=self.template.tokenizer,
-                peft_config=_lora(training.lora),
+                peft_config=_lora(self.training.lora),
                 callbacks=callbacks,
             )
             trainer.remove_callback(_printer())
-            trainer.train(resume_from_checkpoint=last)
+            try:
+                trainer.train(resume_from_checkpoint=last)
+            except ImportError as error:  # an optimizer of a package that is not here
+                raise LeadlineError(one_line(error)) from error
             model = trainer.accelerator.unwrap_model(trainer.model)
-            if training.lora:
+            if self.training.lora:
                 model = model.merge_and_unload()
+            if not all(weights.isfinite().all() for weights in model.parameters()):
+                raise LeadlineError(
+                    "training diverged: the weights are no numbers any more: remove "
+                    f"{self.out}, and give a smaller --lr or more --warmup"
+                )
             if trainer.is_world_process_zero():
                 self._keep_curves(checkpoints)
                 model.save_pretrained(self.out)
@@ -332,6 +397,19 @@ def _dataset(rows: Sequence[data.Triplet | data.Dialogue]) -> Any:
     return Dataset.from_list([row.row() for row in rows])
 
 
+def _same_words(work: _Work, teacher: Home) -> None:
+    """Distributions are compared id by id. A teacher may know more tokens."""
+    words = work.template.tokenizer.get_vocab()
+    others = load_tokenizer(teacher.path, teacher.pinned).get_vocab()
+    if other := sorted(token for token, id in words.items() if others.get(token) != id):
+        ids = f"{words[other[0]]} and {others.get(other[0], 'missing')}"
+        raise LeadlineError(
+            f"{work.home.name} and its teacher {teacher.name} have different vocabularies "
+            f"({len(words)} and {len(others)} tokens; {other[0]!r} is {ids}): take a teacher with "
+            "the model's tokenizer"
+        )
+
+
 def _loaded(home: Home) -> Any:
     """The weights in float32, on the processor until the trainer moves them; of an adapter, merged
     into its base, since training would otherwise leave it aside."""
@@ -339,7 +417,7 @@ def _loaded(home: Home) -> Any:
         from peft import AutoPeftModelForCausalLM
 
         loaded = AutoPeftModelForCausalLM.from_pretrained(home.path, dtype="float32")
-        return loaded.merge_and_unload()
+        return loaded.merge_and_unload().requires_grad_(True).train()
     return Weights.load(home.path, home.pinned, "float32", "cpu").model.train()
 
 
@@ -367,11 +445,13 @@ def _gauge(exam: Exam) -> Any:
     )
 
 
-def _bar(told: _Told) -> Any:
+def _bar(work: _Work, told: _Told) -> Any:
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if state.is_world_process_zero:
+                (work.folder / "run.json").write_text(work.note, encoding="utf-8")
             told.part("training", state.global_step, state.max_steps)
 
     return Bar()

@@ -88,7 +88,7 @@ def deepen(
     training = Training(
         lr, epochs, steps, batch, micro, warmup, optimizer, max_length, lora, seed, report_to
     )
-    exam = None if no_exam else _exam(dataset, judge, limit, watch, on_breach)
+    exam = _exam(dataset, judge, limit, watch, on_breach, no_exam)
     with stoppable(), progress_bar() as listener:
         made = repair(
             model, harmful, utility, out, alpha=alpha, max_prefix=max_prefix, training=training,
@@ -106,8 +106,12 @@ def finetune(
         bool, typer.Option("--constrained", help="Hold the first answer tokens to the model.")
     ] = False,
     beta: Annotated[
-        str, typer.Option(help="How strongly, by token, with commas; the last value goes on.")
-    ] = "0.5,2,2,2,2,0.1",
+        str | None,
+        typer.Option(
+            help="How strongly, by token, with commas; the last value goes on. "
+            "With --constrained: 0.5,2,2,2,2,0.1"
+        ),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Distil this model's answers along the rows, too.")
     ] = None,
@@ -144,16 +148,18 @@ def finetune(
     training = Training(
         lr, epochs, steps, batch, micro, warmup, optimizer, max_length, lora, seed, report_to
     )
+    if beta and not constrained:
+        raise LeadlineError("--beta is of --constrained: give both, or neither")
     try:
-        schedule = [float(b) for b in beta.split(",")]
+        schedule = [float(b) for b in beta.split(",")] if beta is not None else None
     except ValueError:
         raise LeadlineError(
             f"--beta {beta!r}: write numbers with commas, as 0.5,2,2,2,2,0.1"
         ) from None
-    exam = None if no_exam else _exam(dataset, judge, limit, watch, on_breach)
+    exam = _exam(dataset, judge, limit, watch, on_breach, no_exam)
     with stoppable(), progress_bar() as listener:
         made = tune(
-            model, data, out, constrained=constrained, beta=schedule if constrained else None,
+            model, data, out, constrained=constrained, beta=schedule,
             teacher=teacher,
             training=training, exam=exam, listener=listener,
         )  # fmt: skip
@@ -161,8 +167,17 @@ def finetune(
 
 
 def _exam(
-    dataset: str, judge: str | None, limit: int | None, watch: int | None, on_breach: str
-) -> Exam:
+    dataset: str,
+    judge: str | None,
+    limit: int | None,
+    watch: int | None,
+    on_breach: str,
+    no_exam: bool,
+) -> Exam | None:
+    if no_exam:
+        if watch or on_breach != "warn":
+            raise LeadlineError("--no-exam asks nothing: leave it out where --watch is to ask")
+        return None
     from ..align.repair import Exam
     from ..study import DatasetPick, JudgePick
 
@@ -177,7 +192,9 @@ def _exam(
 
 def _print_repaired(made: Repaired, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(made.table.to_dict() if made.table else {}, indent=2))
+        table = made.table.to_dict() if made.table else {}
+        about = {"model": str(made.folder), "notes": made.notes}
+        print(json.dumps({**about, **table}, indent=2, allow_nan=False))
         return
     for note in made.notes:
         print(f"- {note}")

@@ -55,7 +55,7 @@ def depth(
             judge=JudgePick.parse(judge).model_dump() if judge else None,
             out=out,
             budget=budget,
-            measures=[name.strip() for name in only.split(",")],
+            measures=[name for part in only.split(",") if (name := part.strip())],
             listener=listener,
         )
     if as_json:

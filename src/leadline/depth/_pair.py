@@ -58,16 +58,21 @@ class Row:
     answer: int
 
 
-def read(ours: Home, theirs: Home, prompts: Iterable[Prompt], max_tokens: int | None) -> list[Row]:
-    """All prompts in our chat template, which both tokenizers are shown to cut alike."""
+def read(
+    ours: Home, theirs: Home, prompts: Iterable[Prompt], max_tokens: int | None
+) -> tuple[list[Row], int | None]:
+    """All prompts in our chat template, which both tokenizers are shown to cut alike; and how many
+    tokens they share, where one has more behind them."""
     if max_tokens is not None and max_tokens < 1:
         raise LeadlineError(f"max_tokens is {max_tokens}: give 1 or more, or leave it out")
     template = Template.load(ours.path, revision=ours.pinned)
     other = Template(load_tokenizer(theirs.path, theirs.pinned), reasoning.get("none"))
     words, others = template.tokenizer.get_vocab(), other.tokenizer.get_vocab()
     pair, mend = f"{ours.name} and {theirs.name}", "compare models of one tokenizer"
-    if words != others:
-        token = min(t for t in words.keys() | others.keys() if words.get(t) != others.get(t))
+    unlike = words.items() ^ others.items()
+    shared = min((id for _, id in unlike), default=None)
+    if shared is not None and shared < min(len(words), len(others)):  # not only one to pad with
+        token = min(token for token, _ in unlike)
         ids = " and ".join(str(known.get(token, "missing")) for known in (words, others))
         raise LeadlineError(
             f"{pair} have different vocabularies ({len(words)} and {len(others)} tokens; "
@@ -91,7 +96,7 @@ def read(ours: Home, theirs: Home, prompts: Iterable[Prompt], max_tokens: int | 
         rows.append(Row(at, prompt, parts[0] + answer, len(answer)))
     if not rows:
         raise LeadlineError(f"no prompts to compare {pair} on: give prompts with target answers")
-    return rows
+    return rows, shared
 
 
 def batches(rows: Iterable[Row], batch_tokens: int) -> Iterator[list[Row]]:
@@ -146,7 +151,8 @@ class Side:
         if weights.context is not None and len(longest.ids) - 1 > weights.context:
             raise LeadlineError(
                 f"prompt {longest.prompt.id} with its answer has {len(longest.ids)} tokens, and "
-                f"{home.name} reads {weights.context}: set a lower max_tokens, or leave it out"
+                f"{home.name} reads {weights.context}: leave the prompt out, or set a lower "
+                "max_tokens"
             )
         side = Side(weights.model, _head(weights.model, longest.ids[-9:-1]))
         if not side.streams:
@@ -156,6 +162,11 @@ class Side:
                 home.name,
             )
         return side
+
+    def cut(self, size: int | None) -> Side:
+        """With logits of the first `size` tokens at most."""
+        fewer = self.head.size if size is None else min(size, self.head.size)
+        return replace(self, head=replace(self.head, size=fewer))
 
     @property
     def streams(self) -> bool:

@@ -62,9 +62,10 @@ def kl_by_token(
     Models are folders (PEFT adapters too), hub ids or "organism:aligned". Both read the same
     tokens: the prompt in the chat template of `model`, a thought closed where it has them, then
     at most `max_tokens` tokens of the target. Intervals draw base prompts with replacement.
-    Where heads are padded to different sizes, both distributions are over the tokens that they
-    share. A batch holds at most `batch_tokens` tokens, or one prompt; `progress(prompts done,
-    prompts in all)` is called after each.
+    Where heads are padded to different sizes, or one tokenizer has more tokens behind the other's
+    (such as one to pad with), both distributions are over the tokens that they share. A batch holds
+    at most `batch_tokens` tokens, or one prompt; `progress(prompts done, prompts in all)` is called
+    after each.
 
     Raises LeadlineError where the tokenizers differ, a prompt has no target, an answer does not
     fit a model's context, a model does not load, or its logits are not finite.
@@ -72,8 +73,8 @@ def kl_by_token(
     import numpy as np
 
     ours, theirs = Home.find(model), Home.find(reference)
-    rows = read(ours, theirs, prompts, max_tokens)
-    sides = [Side.load(home, rows, dtype, device) for home in (ours, theirs)]
+    rows, shared = read(ours, theirs, prompts, max_tokens)
+    sides = [Side.load(home, rows, dtype, device).cut(shared) for home in (ours, theirs)]
     values = np.full((len(rows), max(row.answer for row in rows)), np.nan)
     done = 0
     streamed = all(side.streams for side in sides)

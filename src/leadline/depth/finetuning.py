@@ -193,7 +193,7 @@ def _fit(name: str, found: Sequence[Row], context: int | None) -> None:
     if context is not None and len(longest.ids) > context:
         raise LeadlineError(
             f"prompt {longest.prompt.id} with its answer has {len(longest.ids)} tokens, and {name} "
-            f"reads {context}: set a lower max_tokens"
+            f"reads {context}: leave the prompt out, or set a lower max_tokens"
         )
 
 
