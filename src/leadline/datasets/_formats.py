@@ -18,9 +18,9 @@ from leadline.records import LeadlineError
 _KINDS = (".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".csv.gz", ".json.gz", ".jsonl.gz")
 
 
-def files(path: str, pattern: str = "*") -> list[Path]:
+def files(path: str | Path, pattern: str = "*") -> list[Path]:
     """The file at `path`, or in order those of the folder there that match `pattern`."""
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str | Path) or not str(path):
         raise LeadlineError(f"path: {path!r} is not a path: name one file or one folder")
     place = Path(path).expanduser()
     if place.is_dir():

@@ -71,7 +71,8 @@ class Template:
         if not tokenizer.chat_template:
             raise LeadlineError(
                 f"model {name}: its tokenizer has no chat template, so it cannot be asked in a "
-                "chat: give a jinja file as `chat_template:` of the target, or an instruct model"
+                "chat: put chat_template.jinja into its folder (in a study, name the file as "
+                "`chat_template:` of the target), or give an instruct model"
             )
         given = dict(arguments or {})
         plain = Template(tokenizer, formats.get(reasoning or "none"), name, given)
