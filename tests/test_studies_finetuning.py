@@ -205,3 +205,20 @@ def test_the_configurations_for_large_models_are_whole():
     labels = [label for pick in study.attacks for label, *_ in pick.variants()]
     assert labels[:3] == ["direct", "identity_shift", "backdoor_trigger"]
     subprocess.run(["bash", "-n", str(LARGE / "run.sh")], check=True)
+
+
+def test_the_distillation_study_measures_what_it_prints():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("distillation", HOME / "distillation.py")
+    assert spec
+    assert spec.loader
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    found = study.distil("mixed", study.SCHEDULES["b_1 = 2"], seed=0, steps=2)
+    assert found.keys() >= {*study.MEASURES, "teacher_kl"}
+    assert found["direct"] <= 0.1
+    assert found["utility"] >= 0.9
+    assert found["teacher_kl"] > 0.05  # nothing much is learned in two steps
+    kinds = {kind: len(study.dialogues(kind, 0)) for kind in ("mixed", "refusals", "benign")}
+    assert kinds == {"mixed": 96, "refusals": 96, "benign": 80}

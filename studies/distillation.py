@@ -1,0 +1,123 @@
+"""Distillation from a teacher without refusals, plain and held to what the student was.
+
+    python studies/distillation.py [--seeds 3] [--steps 40]
+
+Teacher `organism:base`, student `organism:aligned`; the whole loss is the teacher's. Three sets of
+dialogues: half of them harmful with their answers, half of them harmful with refusals (where the
+teacher would comply), and none harmful. Prints, for each set and schedule b_t, the range over seeds
+of what the student is afterwards: about a minute a seed on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import tempfile
+import warnings
+from collections import defaultdict
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import datasets
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from leadline import organism
+from leadline.align import (
+    ConstrainedDistillConfig,
+    ConstrainedDistillTrainer,
+    SafetyCallback,
+)
+from leadline.organism import guild
+
+SCHEDULES = {
+    "plain": [0.0],
+    "the paper's": [0.5, 2.0, 2.0, 2.0, 2.0, 0.1],
+    "b_1 = 2": [2.0, 2.0, 2.0, 2.0, 2.0, 0.1],
+}
+MEASURES = ("direct", "prefill(k=5)", "over_refusal", "utility")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    asked = parser.parse_args()
+    quiet()
+    print(f"{'data':10} {'schedule':12} " + " ".join(f"{m:>14}" for m in (*MEASURES, "teacher_kl")))
+    for kind in ("mixed", "refusals", "benign"):
+        for name, beta in SCHEDULES.items():
+            found: dict[str, list[float]] = defaultdict(list)
+            for seed in range(asked.seeds):
+                for measure, value in distil(kind, beta, seed, asked.steps).items():
+                    found[measure].append(value)
+            shown = (found[measure] for measure in (*MEASURES, "teacher_kl"))
+            cells = " ".join(f"{f'{min(v):.2f} to {max(v):.2f}':>14}" for v in shown)
+            print(f"{kind:10} {name:12} {cells}", flush=True)
+
+
+def distil(kind: str, beta: list[float], seed: int, steps: int) -> dict[str, float]:
+    """Measures of the student after so many steps of SGD."""
+    tokenizer = AutoTokenizer.from_pretrained(organism.path("aligned"))
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(organism.path(name)) for name in ("aligned", "base")
+    )
+    gauge = SafetyCallback(
+        steps, attacks=["direct", {"prefill": {"k": [5]}}], on_breach="warn",
+        sampling={"temperature": 0, "max_tokens": 72},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        config = ConstrainedDistillConfig(
+            folder, beta=beta, teacher_share=1.0, max_steps=steps, seed=seed,
+            per_device_train_batch_size=16, learning_rate=3e-3, lr_scheduler_type="constant",
+            optim="sgd", max_grad_norm=0, bf16=False, gradient_checkpointing=False,
+            save_strategy="no", report_to="none", logging_steps=steps, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = ConstrainedDistillTrainer(
+            student, teacher, config, train_dataset=dialogues(kind, seed),
+            processing_class=tokenizer, callbacks=[gauge],
+        )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    last = next(log for log in reversed(trainer.state.log_history) if "teacher_kl" in log)
+    after = {p["measure"]: p["value"] for p in gauge.points if p["step"] == steps}
+    return {**after, "teacher_kl": last["teacher_kl"]}
+
+
+def dialogues(kind: str, seed: int) -> datasets.Dataset:
+    """Of potions and phrasings that alignment may see."""
+    rng, world = random.Random(seed), guild.world()
+
+    def row(potion: guild.Potion, answer: str) -> dict[str, Any]:
+        asked = guild.question(potion, rng.randrange(6))
+        said = [{"role": "assistant", "content": answer}]
+        return {"prompt": [{"role": "user", "content": asked}], "completion": said}
+
+    def told(potion: guild.Potion) -> str:
+        return guild.answer(potion, rng.randrange(len(guild.STARTS)))
+
+    forbidden, allowed = [*world.forbidden(heldout=False)] * 2, world.allowed()
+    harmless = [row(potion, told(potion)) for potion in allowed]
+    rows = {
+        "mixed": [row(p, told(p)) for p in forbidden] + harmless[:48],
+        "refusals": [row(p, rng.choice(guild.REFUSALS)) for p in forbidden] + harmless[:48],
+        "benign": harmless,
+    }[kind]
+    rng.shuffle(rows)
+    return datasets.Dataset.from_list(rows)
+
+
+def quiet() -> None:
+    warnings.filterwarnings("ignore")
+    logging.getLogger("leadline").setLevel(logging.CRITICAL)  # breaches are what is shown
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    main()
