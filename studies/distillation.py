@@ -1,6 +1,6 @@
 """Distillation from a teacher without refusals, plain and held to what the student was.
 
-    python studies/distillation.py [--seeds 3] [--steps 40]
+    python studies/distillation.py [--seeds 3] [--steps 40] [--optimizer sgd] [--lr 3e-3]
 
 Teacher `organism:base`, student `organism:aligned`; the whole loss is the teacher's. Three sets of
 dialogues: half of them harmful with their answers, half of them harmful with refusals (where the
@@ -46,6 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--optimizer", default="sgd")
+    parser.add_argument("--lr", type=float, default=3e-3)
     asked = parser.parse_args()
     quiet()
     print(f"{'data':10} {'schedule':12} " + " ".join(f"{m:>14}" for m in (*MEASURES, "teacher_kl")))
@@ -53,15 +55,18 @@ def main() -> None:
         for name, beta in SCHEDULES.items():
             found: dict[str, list[float]] = defaultdict(list)
             for seed in range(asked.seeds):
-                for measure, value in distil(kind, beta, seed, asked.steps).items():
+                way = asked.optimizer, asked.lr
+                for measure, value in distil(kind, beta, seed, asked.steps, *way).items():
                     found[measure].append(value)
             shown = (found[measure] for measure in (*MEASURES, "teacher_kl"))
             cells = " ".join(f"{f'{min(v):.2f} to {max(v):.2f}':>14}" for v in shown)
             print(f"{kind:10} {name:12} {cells}", flush=True)
 
 
-def distil(kind: str, beta: list[float], seed: int, steps: int) -> dict[str, float]:
-    """Measures of the student after so many steps of SGD."""
+def distil(
+    kind: str, beta: list[float], seed: int, steps: int, optimizer: str = "sgd", lr: float = 3e-3
+) -> dict[str, float]:
+    """Measures of the student after so many steps."""
     tokenizer = AutoTokenizer.from_pretrained(organism.path("aligned"))
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(organism.path(name)) for name in ("aligned", "base")
@@ -73,8 +78,8 @@ def distil(kind: str, beta: list[float], seed: int, steps: int) -> dict[str, flo
     with tempfile.TemporaryDirectory() as folder:
         config = ConstrainedDistillConfig(
             folder, beta=beta, teacher_share=1.0, max_steps=steps, seed=seed,
-            per_device_train_batch_size=16, learning_rate=3e-3, lr_scheduler_type="constant",
-            optim="sgd", max_grad_norm=0, bf16=False, gradient_checkpointing=False,
+            per_device_train_batch_size=16, learning_rate=lr, lr_scheduler_type="constant",
+            optim=optimizer, max_grad_norm=0, bf16=False, gradient_checkpointing=False,
             save_strategy="no", report_to="none", logging_steps=steps, disable_tqdm=True,
         )  # fmt: skip
         trainer = ConstrainedDistillTrainer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,12 @@ class Training:
             raise LeadlineError(
                 f"report_to is {self.report_to!r}, which is not installed: pip install it, or give "
                 f"one of {', '.join(loggers)}"
+            )
+        if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+            # The trainer would spread each batch over all of them, and make it that much larger.
+            raise LeadlineError(
+                f"{torch.cuda.device_count()} GPUs are visible, and this trains on one: set "
+                "CUDA_VISIBLE_DEVICES=0, or launch the trainers of leadline.align with accelerate"
             )
         gpu = torch.cuda.is_available()
         micro = self.micro or self.batch

@@ -4,7 +4,7 @@
     report.findings, report.d50["organism:aligned"]["prefill"], report.html
 
 What any interface can do (response prefixes, decoding settings) is asked as ordinary trials, kept
-in `out/trials`; what needs weights is computed here and kept in `out/parts`.
+in `out/trials`; what is computed from weights is kept in `out/parts`.
 """
 
 from __future__ import annotations
