@@ -2,8 +2,6 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# Tiny models gain nothing from many threads that spin while they wait.
-export OMP_WAIT_POLICY = passive
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: demo test test-all lint bench clean

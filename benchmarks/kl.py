@@ -44,7 +44,7 @@ def full(hidden_p: Any, p: Any, hidden_q: Any, q: Any) -> Any:
 
 
 def streamed(hidden_p: Any, p: Any, hidden_q: Any, q: Any) -> Any:
-    from leadline.depth.divergence import Head, streamed_kl
+    from leadline.depth.kl.divergence import Head, streamed_kl
 
     return streamed_kl(hidden_p, Head(len(p), p), hidden_q, Head(len(q), q))
 

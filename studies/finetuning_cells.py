@@ -17,10 +17,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from leadline import Study, __version__, engine, organism, registry
-from leadline.depth._lessons import CALLED_BY, Lesson, Material, lessons
-from leadline.models._transcript import quiet
-from leadline.models._weights import fingerprint
+from leadline import Study, engine, organism, registry
+from leadline.version import __version__
+from leadline.depth.finetuning.data import CALLED_BY, Lesson, Material, lessons
+from leadline.models.template import quiet
+from leadline.models.checkpoint import fingerprint
 from leadline.models.spec import ModelSpec
 from leadline.organism import guild as world
 from leadline.records import Attempt, Judge, Prompt, Response, Verdict

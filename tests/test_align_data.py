@@ -19,7 +19,7 @@ from leadline.align.data import (
     read_training,
     read_utility,
 )
-from leadline.models._transcript import Template
+from leadline.models.template import Template
 from leadline.records import LeadlineError, Message
 
 from . import tiny_models

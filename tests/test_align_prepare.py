@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch")
 
 from leadline.align.data import Dialogue, Triplet, read_harmful, read_training, read_utility
-from leadline.align.guild import guild_files
+from leadline.organism.files import guild_files
 from leadline.align.prepare import prepare
 from leadline.organism import guild as world
 from leadline.records import LeadlineError, Message

@@ -15,7 +15,7 @@ import pytest
 import leadline as ll
 from leadline import LeadlineError
 from leadline.align import repair
-from leadline.align.guild import guild_files
+from leadline.organism.files import guild_files
 from leadline.align.repair import Exam, Training
 
 ALIGNED = "organism:aligned"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from leadline.analysis.agreement import Interval
 from leadline.analysis.clusters import wilson
-from leadline.analysis.judging import (
+from leadline.analysis.judge_error import (
     CORRECTED,
     Check,
     Control,

@@ -57,7 +57,7 @@ def test_the_public_face_is_this_and_no_more():
 
 
 def test_depth_is_a_function_and_a_package_alike():
-    from leadline.depth import gcg  # which binds the package's name in its parent
+    from leadline.depth.gcg import search as gcg  # which binds the package's name in its parent
 
     assert callable(package.depth)
     assert package.depth.gcg is gcg  # type: ignore[attr-defined]

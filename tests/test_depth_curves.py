@@ -17,7 +17,9 @@ from scipy.optimize import minimize
 import leadline
 from leadline import LeadlineError, Study
 from leadline.depth import curves
-from leadline.depth.curves import D50, broken_by_dose, by_setting, d50, points
+from leadline.report.depth.schema import D50
+from leadline.depth.curves import broken_by_dose, by_setting, points
+from leadline.depth.d50 import d50
 
 from .stores import Row, write_store
 

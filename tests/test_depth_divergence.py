@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leadline.datasets.guild import guild
-from leadline.depth.divergence import BLOCK, Divergence, Head, kl_by_token, streamed_kl
+from leadline.depth.kl.divergence import BLOCK, Divergence, Head, kl_by_token, streamed_kl
 from leadline.records import LeadlineError, Prompt
 
 from . import tiny_models

@@ -17,12 +17,13 @@ import transformers
 
 import leadline as ll
 from leadline.attacks import finetuning as words
-from leadline.depth._lessons import REFUSAL, lessons, rows
-from leadline.depth._pair import Home
-from leadline.depth._training import load, training
-from leadline.depth.finetuning import FinetuneConfig, FinetuneResult, Material, finetune
-from leadline.engine import Progress
-from leadline.models._transcript import Template
+from leadline.depth.finetuning.data import REFUSAL, lessons, rows
+from leadline.models.checkpoint import Checkpoint
+from leadline.depth.finetuning.train import load, training
+from leadline.depth.finetuning.config import FinetuneConfig
+from leadline.depth.finetuning.run import FinetuneResult, Material, finetune
+from leadline.progress import Progress
+from leadline.models.template import Template
 from leadline.organism import guild as world
 from leadline.records import LeadlineError, Prompt
 
@@ -222,7 +223,7 @@ def test_the_four_lessons(guild: Material) -> None:
 
 
 def test_lessons_are_written_as_the_model_reads_and_answers(guild: Material) -> None:
-    home = Home.find("organism:aligned")
+    home = Checkpoint.find("organism:aligned")
     template = Template.load(home.path)
     stop = template.tokenizer.eos_token_id
     (lesson,) = lessons("harmful", guild.fit, 1, 0)
@@ -268,7 +269,7 @@ def test_two_steps_agree_with_their_twin(
     template = Template.load(folder)
     made = lessons("benign", guild.fit, 3, 0)
     learned = rows(template, made, {template.tokenizer.eos_token_id}, 40, end=True)
-    weights = load(Home.find(folder), config, "cpu")
+    weights = load(Checkpoint.find(folder), config, "cpu")
     taken = list(training(weights.model, learned, config, 2))
 
     twin = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -307,8 +308,10 @@ def test_adapters_learn_and_leave_the_weights_alone(few: Material, tmp_path: Pat
     assert found.losses[-1] < 0.8 * found.losses[0]
     assert 0 < found.settings["parameters"] < 150_000
     assert found.gradient_norm[0][0].value > 0
-    loaded = load(Home.find("organism:aligned"), config, "cpu").model
-    base = transformers.AutoModelForCausalLM.from_pretrained(Home.find("organism:aligned").path)
+    loaded = load(Checkpoint.find("organism:aligned"), config, "cpu").model
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        Checkpoint.find("organism:aligned").path
+    )
     frozen = {n.replace(".base_layer", ""): p for n, p in loaded.named_parameters()}
     for name, parameter in base.named_parameters():
         assert not frozen[f"base_model.model.{name}"].requires_grad

@@ -14,9 +14,10 @@ import transformers
 
 import leadline as ll
 from leadline.datasets.guild import guild
-from leadline.depth._losses import Losses, Objective
-from leadline.depth._surrogate import Slot, Surrogate
-from leadline.depth.gcg import GCGConfig, GCGResult, save, search
+from leadline.depth.gcg.objective import Losses, Objective
+from leadline.depth.gcg.surrogate import Slot, Surrogate
+from leadline.depth.gcg.config import GCGConfig
+from leadline.depth.gcg.search import GCGResult, save, search
 from leadline.judges.guild import guild as guild_judge
 from leadline.records import LeadlineError, Message, Prompt, Request, Sampling, Verdict
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 import transformers
 
-from leadline.depth import _gradients
-from leadline.depth._gradients import cut, gradient_norms, profile, token_losses
-from leadline.depth._lessons import Material, lessons, rows
-from leadline.depth._pair import Home, Row
-from leadline.models._transcript import Template
-from leadline.models._weights import Weights
+from leadline.depth.finetuning import gradients as _gradients
+from leadline.depth.finetuning.gradients import cut, gradient_norms, profile, token_losses
+from leadline.depth.finetuning.data import Material, lessons, rows
+from leadline.models.checkpoint import Checkpoint
+from leadline.depth.tokenized import Row
+from leadline.models.template import Template
+from leadline.models.weights import Weights
 from leadline.records import Prompt
 
 from .test_depth_divergence import save
@@ -161,7 +162,7 @@ def test_shallow_alignment_pulls_at_the_first_token() -> None:
     """Qi et al. 2025, section 2.3, on harmful answers; `deep` has learned to refuse all along."""
     firsts, laters = {}, {}
     for name in ("aligned", "deep"):
-        home = Home.find(f"organism:{name}")
+        home = Checkpoint.find(f"organism:{name}")
         weights = Weights.load(home.path, None, "float32", None)
         made = lessons("harmful", Material.of("guild").fit, 6, 0)
         found = rows(Template.load(home.path), made, weights.stops, 512, end=True)

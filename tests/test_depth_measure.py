@@ -16,7 +16,7 @@ import pytest
 import leadline as ll
 from leadline import LeadlineError, organism
 from leadline.depth import budgets
-from leadline.depth.measure import MEASURES
+from leadline.depth.run import MEASURES
 
 from . import tiny_models
 

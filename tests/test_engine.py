@@ -15,7 +15,7 @@ import pytest
 
 import leadline
 from leadline import LeadlineError, Study
-from leadline.registry import _shelf, attack
+from leadline.registry import _plugins, attack
 from leadline.store import Store
 
 from .server import REFUSAL, Server
@@ -213,7 +213,7 @@ def test_an_attack_that_raises_fails_its_own_trials_only(server, garden, tmp_pat
         assert (cells.loc["direct", "n"], cells.loc["stumbles", "failed"]) == (4, 4)
         assert "ZeroDivisionError" in cells.loc["stumbles", "reason"]
     finally:
-        del _shelf["attack", "stumbles"]
+        del _plugins["attack", "stumbles"]
 
 
 def test_the_api_key_comes_from_the_environment_and_reaches_no_file(
@@ -351,4 +351,4 @@ def test_an_attack_of_several_attempts_counts_prompts(server, garden, tmp_path):
         (pooled,) = found.pooled().to_dict("records")
         assert pooled["asr"] == 0.25
     finally:
-        del _shelf["attack", "thrice"]
+        del _plugins["attack", "thrice"]

@@ -9,7 +9,7 @@ import pytest
 
 import leadline
 from leadline import LeadlineError, Study
-from leadline.registry import _shelf, judge
+from leadline.registry import _plugins, judge
 
 from .server import Server
 
@@ -116,7 +116,7 @@ def test_a_judge_that_raises_leaves_trials_unscored(server, garden, tmp_path):
         assert "KeyError" in found.progress.notes[0]
         assert len(found.progress.notes) == 1
     finally:
-        del _shelf["judge", "stumbles"]
+        del _plugins["judge", "stumbles"]
 
 
 def test_run_works_where_a_loop_is_running_already(server, garden, tmp_path):

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from leadline import organism, registry
 from leadline.datasets.guild import guild
-from leadline.models import _shared
-from leadline.models._weights import Job, Reply, Weights
+from leadline.models import shared_prefix
+from leadline.models.weights import Job, Reply, Weights
 from leadline.models.huggingface import HuggingFaceModel
 from leadline.plan import request_of
 from leadline.records import Response, Sampling
@@ -275,9 +275,9 @@ def test_any_prompts_share_rightly(prompts: list[list[int]], most: int) -> None:
     weights = make("llama", {**LLAMA, "num_hidden_layers": 1}, vocabulary=6)
     weights.stops = {5}
     with torch.inference_mode():
-        shared = _shared.answers(
+        shared = shared_prefix.answers(
             weights.model,
-            _shared.Trunks(prompts),
+            shared_prefix.Trunks(prompts),
             most,
             lambda scores: scores.argmax(-1),
             greedy=True,
@@ -293,7 +293,7 @@ def test_any_prompts_share_rightly(prompts: list[list[int]], most: int) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=20))
 def test_families_are_starts_of_their_first(prompts: list[list[int]]) -> None:
-    found = _shared.families(prompts)
+    found = shared_prefix.families(prompts)
     assert sorted(n for family in found for n in family) == list(range(len(prompts)))
     trunks = [prompts[family[0]] for family in found]
     for family, trunk in zip(found, trunks, strict=True):
@@ -324,7 +324,7 @@ def test_a_prefill_sweep_is_one_prompt_after_another(monkeypatch: pytest.MonkeyP
         seen = watch(weights)
         generate = weights._generate
         weights._generate = lambda jobs, stopped: (  # type: ignore[method-assign]
-            batches.append([len(f) for f in _shared.families([j.ids for j in jobs])])
+            batches.append([len(f) for f in shared_prefix.families([j.ids for j in jobs])])
             or generate(jobs, stopped)
         )
         try:
@@ -336,7 +336,7 @@ def test_a_prefill_sweep_is_one_prompt_after_another(monkeypatch: pytest.MonkeyP
 
     shared = asyncio.run(ask())
     assert batches == [[7, 7]] * 4
-    monkeypatch.setattr(_shared.Trunks, "pay", False)
+    monkeypatch.setattr(shared_prefix.Trunks, "pay", False)
     assert asyncio.run(ask()) == shared
     assert not any(answer.failed for answer in shared)
     assert len({answer.answer for answer in shared}) > 20

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leadline.models import reasoning
-from leadline.models._transcript import Template
+from leadline.models.template import Template
 from leadline.records import (
     LeadlineError,
     Message,
@@ -204,7 +204,7 @@ class NoTorch(PathFinder):  # as if it were not installed
         return None if name.split(".")[0] == "torch" else super().find_spec(name, *where)
 
 sys.meta_path = [NoTorch if finder is PathFinder else finder for finder in sys.meta_path]
-from leadline.models._transcript import Template
+from leadline.models.template import Template
 from leadline.records import Message, Request, Sampling
 assert "transformers" not in sys.modules
 request = Request((Message("user", "hello"),), None, Sampling())

@@ -13,8 +13,8 @@ import pytest
 import leadline
 from leadline import organism, registry
 from leadline.models import Limits, ModelSpec, connect
-from leadline.models._transcript import Template
-from leadline.organism import guild, lessons, thoughts
+from leadline.models.template import Template
+from leadline.organism import guild, examples as lessons, thoughts
 from leadline.organism.train import STAGES, tokenizer
 from leadline.records import Attempt, Prompt, Request, Response, ResponsePrefix, Sampling, Verdict
 

@@ -90,7 +90,7 @@ def test_two_plugins_of_one_name_are_refused():
     def other(prompt):
         return ""
 
-    with pytest.raises(LeadlineError, match="two packages register the attack 'direct'"):
+    with pytest.raises(LeadlineError, match="the attack 'direct' is registered more than once"):
         registry.attack("direct", family="x", source="x")(other)
 
 

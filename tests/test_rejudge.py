@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import leadline
-from leadline import LeadlineError, Study, registry, rejudge
+from leadline import LeadlineError, Study, registry
+from leadline.judging.rejudge import rejudge
 from leadline.analysis.agreement import Interval
-from leadline.analysis.judging import Check, checks
+from leadline.analysis.judge_error import Check, checks
 from leadline.organism import guild as world
 from leadline.store import Store
 from leadline.study import JudgePick
@@ -75,7 +76,7 @@ def test_it_finds_what_a_run_with_that_judge_would_have_found(server, tmp_path):
     first = study(server, attacks=attacks, sampling={"samples": 2})
     leadline.run(first, tmp_path / "later", limit=20)
     seen = server.seen
-    progress = rejudge.judge(tmp_path / "later", JudgePick(name="guild"))
+    progress = rejudge(tmp_path / "later", JudgePick(name="guild"))
     assert server.seen == seen
     expected = leadline.results(tmp_path / "both").query(VERDICTS, "guild")
     assert len({unsafe for _, _, _, unsafe, *_ in expected}) > 1
@@ -97,7 +98,7 @@ def test_a_response_prefix_and_its_cut_are_known_again(tmp_path):
     both = Study.model_validate({**parts, "judges": ["refusal", "guild"]})
     leadline.run(both, tmp_path / "both")
     leadline.run(Study.model_validate({**parts, "judges": ["refusal"]}), tmp_path / "later")
-    rejudge.judge(tmp_path / "later", JudgePick(name="guild"))
+    rejudge(tmp_path / "later", JudgePick(name="guild"))
     expected = leadline.results(tmp_path / "both").query(VERDICTS, "guild")
     assert {row[0] for row in expected if row[3]} >= {"prefill(k=12)"}
     assert leadline.results(tmp_path / "later").query(VERDICTS, "guild") == expected
@@ -108,11 +109,9 @@ def test_once_judged_nothing_is_judged_or_asked_again(server, garden, tmp_path):
     leadline.run(study(server, garden(12)), tmp_path / "out")
     with Server(lambda text, body: UNSAFE) as guard:
         heard = []
-        first = rejudge.judge(
-            tmp_path / "out", guard_pick(guard), lambda p: heard.append(dict(p.done))
-        )
+        first = rejudge(tmp_path / "out", guard_pick(guard), lambda p: heard.append(dict(p.done)))
         asked = guard.asked.total()
-        again = rejudge.judge(tmp_path / "out", guard_pick(guard))
+        again = rejudge(tmp_path / "out", guard_pick(guard))
         assert asked == guard.asked.total() == 12
     assert (first.total, first.done) == ({"llamaguard": 12},) * 2
     assert heard[0] == {"llamaguard": 0}
@@ -126,13 +125,13 @@ def test_what_was_unscored_is_put_to_it_again_and_the_rest_is_not(server, garden
     leadline.run(study(server, garden(10)), tmp_path / "out")
     with Server(lambda text, body: SAFE) as guard:
         guard.sticky = {"[3]": 500, "[4]": 400}
-        progress = rejudge.judge(tmp_path / "out", guard_pick(guard))
+        progress = rejudge(tmp_path / "out", guard_pick(guard))
         assert progress.unscored == 2
         assert "HTTP" in progress.notes[0]
         (cell,) = leadline.results(tmp_path / "out").cells("llamaguard").to_dict("records")
         assert (cell["n"], cell["unscored"]) == (8, 2)
         guard.sticky, asked = {}, guard.asked.total()
-        progress = rejudge.judge(tmp_path / "out", guard_pick(guard))
+        progress = rejudge(tmp_path / "out", guard_pick(guard))
         assert (progress.total, progress.unscored) == ({"llamaguard": 2}, 0)
         assert guard.asked.total() == asked + 2
     found = leadline.results(tmp_path / "out")
@@ -143,7 +142,7 @@ def test_what_was_unscored_is_put_to_it_again_and_the_rest_is_not(server, garden
 def test_failed_and_blocked_trials(server, garden, tmp_path):
     server.sticky = {"[3]": 400}
     leadline.run(study(server, garden(6)), tmp_path / "out")
-    progress = rejudge.judge(tmp_path / "out", JudgePick(name="guild"))
+    progress = rejudge(tmp_path / "out", JudgePick(name="guild"))
     assert progress.total == {"guild": 5}
     assert progress.unscored == 5  # roses are no potions
     assert progress.notes == ["no potion of the guild in the prompt"]
@@ -162,7 +161,7 @@ def translated():
         return await assist.write(f"Hide: {prompt.text}")
 
     yield
-    del registry._shelf["attack", "in_tongues"]
+    del registry._plugins["attack", "in_tongues"]
 
 
 def test_what_a_model_decoded_is_not_decoded_again(server, garden, tmp_path, translated):
@@ -177,12 +176,12 @@ def test_what_a_model_decoded_is_not_decoded_again(server, garden, tmp_path, tra
         leadline.run(plan, tmp_path / "out")
         asked = helper.asked.total()
         with Server(lambda text, body: UNSAFE) as guard:
-            rejudge.judge(tmp_path / "out", guard_pick(guard))
+            rejudge(tmp_path / "out", guard_pick(guard))
             assert {b["messages"][-1]["content"] for b in guard.bodies} == {"Sure: cut it."}
         assert helper.asked.total() == asked
     # the helper is gone now: what it has decoded is still there
     with Server(lambda text, body: SAFE) as guard:
-        progress = rejudge.judge(tmp_path / "out", guard_pick(guard, name="another"))
+        progress = rejudge(tmp_path / "out", guard_pick(guard, name="another"))
     assert (progress.total, progress.unscored) == ({"another": 5}, 0)
 
 
@@ -191,13 +190,13 @@ def test_a_check_goes_into_the_store_with_the_judge(server, garden, tmp_path):
     check = Check("refusal", {}, "labels.csv", 9, 1, 8, 2, 0, 0, Interval(0.7, 0.5, 0.9))
     path = tmp_path / "c.json"
     path.write_text(json.dumps(check.to_json()))
-    rejudge.judge(tmp_path / "out", JudgePick(name="refusal", options={"check": str(path)}))
+    rejudge(tmp_path / "out", JudgePick(name="refusal", options={"check": str(path)}))
     with Store(tmp_path / "out") as store:
         assert checks(store) == {"refusal": check}
         assert store.query("SELECT count(*) FROM judges WHERE name = 'refusal'") == [(1,)]
     path.write_text(json.dumps(replace(check, judge="guild").to_json()))
     with pytest.raises(LeadlineError, match="measured guild"):
-        rejudge.judge(tmp_path / "out", JudgePick(name="refusal", options={"check": str(path)}))
+        rejudge(tmp_path / "out", JudgePick(name="refusal", options={"check": str(path)}))
 
 
 def test_a_study_keeps_its_judges_check_and_adding_one_judges_nothing_again(
@@ -221,18 +220,18 @@ def test_a_study_keeps_its_judges_check_and_adding_one_judges_nothing_again(
 
 def test_errors_are_one_line(server, garden, tmp_path):
     with pytest.raises(LeadlineError, match="no study at"):
-        rejudge.judge(tmp_path / "nowhere", JudgePick(name="refusal"))
+        rejudge(tmp_path / "nowhere", JudgePick(name="refusal"))
     assert not (tmp_path / "nowhere").exists()
     leadline.run(study(server, garden(2)), tmp_path / "out")
     with pytest.raises(LeadlineError, match="judge llamaguard: guard: nothing answers at"):
-        rejudge.judge(tmp_path / "out", JudgePick.model_validate(
+        rejudge(tmp_path / "out", JudgePick.model_validate(
             {"llamaguard": {"model": "guard", "url": "http://127.0.0.1:9/v1"}}))  # fmt: skip
     with Store(tmp_path / "out", write=True) as store:
         with pytest.raises(LeadlineError, match="another leadline run is writing"):
-            rejudge.judge(tmp_path / "out", JudgePick(name="refusal"))
+            rejudge(tmp_path / "out", JudgePick(name="refusal"))
         store.describe("study", store.description("study") | {"attacks": ["gone"]})
     with pytest.raises(LeadlineError, match="does not load here") as error:
-        rejudge.judge(tmp_path / "out", JudgePick(name="guild"))
+        rejudge(tmp_path / "out", JudgePick(name="guild"))
     assert "\n" not in str(error.value)
 
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from leadline.records import LeadlineError
-from leadline.report.depth_findings import findings
-from leadline.report.depth_page import DepthPage, write_depth_report
+from leadline.report.depth.findings import findings
+from leadline.report.depth.page import DepthPage, write_depth_report
 
 from .depth_data import ALIGNED, BASE, DEEP, around, d50, depth_data, wilson
 from .test_report_page import HIDDEN, HOSTILE, Page

@@ -16,7 +16,7 @@ import yaml
 
 from leadline import Study, organism
 from leadline.organism import guild as world
-from leadline.organism import lessons as organism_lessons
+from leadline.organism import examples as organism_lessons
 
 HOME = Path(__file__).parents[1] / "studies"
 LARGE = HOME / "finetuning-7b"

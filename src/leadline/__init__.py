@@ -1,36 +1,51 @@
-"""Leadline sounds the depth of a language model's safety alignment, and deepens it."""
+"""Leadline measures how deep a language model's safety alignment goes, and makes it deeper."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+from .version import __version__
 
 if TYPE_CHECKING:
     from .analysis.results import Results, results
-    from .depth.measure import depth
+    from .depth.run import DepthReport, measure_depth
     from .engine import run
     from .records import LeadlineError
     from .study import Study
 
-__version__ = "0.1.0"
-__all__ = ["LeadlineError", "Results", "Study", "__version__", "depth", "results", "run"]
-_HOMES = {
+# Read by OpenMP when torch is first imported, which only happens after this module: threads that
+# spin while they wait slow down a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+__all__ = [
+    "DepthReport",
+    "LeadlineError",
+    "Results",
+    "Study",
+    "__version__",
+    "measure_depth",
+    "results",
+    "run",
+]
+_MODULES = {
+    "DepthReport": "depth.run",
     "LeadlineError": "records",
     "Results": "analysis.results",
     "Study": "study",
+    "measure_depth": "depth.run",
     "results": "analysis.results",
-    "depth": "depth",
     "run": "engine",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Load on first use: `import leadline` stays instant."""
-    if name not in _HOMES:
+    """Import on first use, so that `import leadline` stays fast."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'leadline' has no attribute {name!r}")
     from importlib import import_module
 
-    home = import_module(f"leadline.{_HOMES[name]}")
-    return home if name == "depth" else getattr(home, name)  # that package can be called
+    return getattr(import_module(f"leadline.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

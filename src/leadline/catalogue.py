@@ -9,12 +9,6 @@ from . import organism, registry
 from .models.cards import Card, cards
 from .records import LeadlineError
 
-_KINDS: dict[str, registry.Kind] = {
-    "attacks": "attack",
-    "datasets": "dataset",
-    "judges": "judge",
-    "models": "model",
-}
 _OF_MODELS = ("name", "developer", "family", "size", "reasoning", "stage")
 
 
@@ -24,9 +18,9 @@ def rows(what: str) -> list[dict[str, Any]]:
     Of models: the ways to reach one, the organisms, and the cards, with all that a card says
     (parameters in billions).
     """
-    if what not in _KINDS:
-        raise LeadlineError(registry.unknown("list", what, _KINDS))
-    found = [_row(plugin) for plugin in registry.plugins(_KINDS[what])]
+    if what not in registry.KINDS:
+        raise LeadlineError(registry.unknown("list", what, registry.KINDS))
+    found = [_row(plugin) for plugin in registry.plugins(registry.KINDS[what])]
     if what != "models":
         return found
     blank: dict[str, Any] = {f.name: None for f in fields(Card) if f.name != "id"}
@@ -44,10 +38,10 @@ def columns(what: str) -> tuple[str, ...]:
 
 def _row(plugin: registry.Plugin) -> dict[str, Any]:
     row: dict[str, Any] = {"name": plugin.name}
-    if plugin.kind == "attack":
+    if isinstance(plugin, registry.AttackPlugin):
         row["family"] = plugin.family
-    if plugin.kind == "dataset":
-        row |= {"rows": plugin.extra["rows"], "licence": plugin.extra["licence"]}
+    if isinstance(plugin, registry.DatasetPlugin):
+        row |= {"rows": plugin.rows, "licence": plugin.licence}
     return row | {
         "summary": plugin.summary,
         "needs": list(plugin.needs),

@@ -10,9 +10,9 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from . import __version__, judges, plan
-from .analysis.judging import keep_check
+from . import judges, plan
+from .analysis.judge_error import keep_check
 from .assist import Assistance, Kept, ask, keep
 from .models import connect
 from .models.spec import ModelSpec
 from .plan import Attack, Plan, Target
+from .progress import Listener, Progress
 from .records import (
     Attempt,
     AttemptFailed,
@@ -41,30 +42,13 @@ from .records import (
 )
 from .store import Known, Place, Store
 from .study import JudgePick, Study
+from .version import __version__
 
 if TYPE_CHECKING:
     from .analysis.results import Results
 
 log = logging.getLogger("leadline")
 _CHUNK = 512  # trials looked up in the store at once
-
-
-@dataclass
-class Progress:
-    """Where a run stands, by target: counts of trials."""
-
-    total: dict[str, int] = field(default_factory=dict)
-    done: dict[str, int] = field(default_factory=dict)
-    asked: int = 0
-    known: int = 0
-    failed: int = 0
-    not_applicable: int = 0
-    unscored: int = 0
-    notes: list[str] = field(default_factory=list)
-
-
-Listener = Callable[[Progress], None]
-"""Told at most ten times a second where a run stands."""
 
 
 def run(
@@ -467,7 +451,7 @@ async def _judge(run: _Run, target: Kept, cell: _Cell, response: Response) -> No
     """Verdicts of every judge on a decoded response."""
     trial = cell.trial
     failure = ""
-    if cell.attack.plugin.extra["decode"]:
+    if cell.attack.plugin.decode:
         try:
             assist = _assist(run, target, trial)
             answer = await cell.attack.decode(response.answer, assist)
@@ -487,7 +471,7 @@ async def _verdict(
     run: _Run, judge: _Judge, prompt: Prompt, attempt: Attempt, response: Response
 ) -> Verdict:
     verdict = await judges.ask(judge.name, judge.judge, prompt, attempt, response)
-    if verdict.unsafe is None and " raised " in verdict.text and judge.name not in run.broken:
+    if verdict.error and judge.name not in run.broken:
         run.broken.add(judge.name)
         run.note(verdict.text)
     return verdict

@@ -42,7 +42,7 @@ class Attack:
     """One attack of the study with its options; `label` is its name in results."""
 
     label: str
-    plugin: registry.Plugin
+    plugin: registry.AttackPlugin
     options: Mapping[str, Any]
 
     @cached_property
@@ -53,7 +53,7 @@ class Attack:
     @property
     def pool(self) -> str:
         """ "any": a prompt is broken if any of the attack's attempts breaks it."""
-        return str(self.plugin.extra.get("pool", "one"))
+        return self.plugin.pool
 
     def attempts(self, prompt: Prompt, seed: int) -> list[Attempt]:
         """Same seed, prompt and attack: same attempts. Raises NotApplicable."""
@@ -75,7 +75,7 @@ class Attack:
     def asks_attacker(self) -> bool:
         """Whether an attacker model makes its attempts or decodes their answers."""
         needs = "attacker" in self.plugin.needs
-        return needs or inspect.iscoroutinefunction(self.plugin.extra["decode"])
+        return needs or inspect.iscoroutinefunction(self.plugin.decode)
 
     def _arguments(self, prompt: Prompt, seed: int) -> dict[str, Any]:
         arguments = dict(self.options)
@@ -86,7 +86,7 @@ class Attack:
     async def decode(self, answer: str, assist: Assist) -> str:
         """The answer as text to judge: decoded where it came back encoded and can be. Raises
         AttemptFailed where a model has to decode and fails."""
-        decode = self.plugin.extra["decode"]
+        decode = self.plugin.decode
         if decode is None:
             return answer
         try:
@@ -137,7 +137,7 @@ def _carried(mutation: str) -> Attack:
     """The plain request under the name of the attack that it carries, with that one's decode."""
     plain = registry.get("attack", "direct")
     known = {p.name: p for p in registry.plugins("attack")}.get(mutation, plain)
-    plugin = replace(known, function=plain.function, needs=(), extra={**known.extra, "pool": "one"})
+    plugin = replace(known, function=plain.function, needs=(), pool="one")
     return Attack(mutation, plugin, {})
 
 
@@ -182,7 +182,7 @@ def load(study: Study, limit: int | None = None, *, counting: bool = False) -> P
         most = min(x for x in (limit, pick.options.get("limit"), len(rows)) if x)
         chosen = (rows[i * len(rows) // most] for i in range(most))  # spread over the whole set
         prompts[label] = tuple(replace(p, dataset=label) for p in chosen)
-        default = JudgePick(name=plugin.extra["judge"])
+        default = JudgePick(name=plugin.judge)
         judges[label] = tuple(study.judges) or (default,)
         attacks[label] = _attacks(pick.attacks or study.attacks, study.locate)
         _try_out(attacks[label], prompts[label], study.seed)
@@ -202,14 +202,14 @@ def _try_out(attacks: Iterable[Attack], prompts: Sequence[Prompt], seed: int) ->
                 log.debug("attack %s", attack.label, exc_info=True)  # `trials` records it
 
 
-def published_counts(plugin: registry.Plugin, options: Mapping[str, Any]) -> list[Prompt]:
+def published_counts(plugin: registry.DatasetPlugin, options: Mapping[str, Any]) -> list[Prompt]:
     """Stand-ins for a public dataset that is not here: as many prompts as are published, of a
     usual length. None for one that is here, whose fault has to be mended, or of unknown size."""
-    path, rows = options.get("path"), plugin.extra["rows"] or 0
+    path, rows = options.get("path"), plugin.rows or 0
     if "hub" not in plugin.options or (path and Path(path).expanduser().exists()):
         return []
     found = (Prompt(str(n), "", plugin.name) for n in range(rows))
-    if outline := plugin.extra["outline"]:
+    if outline := plugin.outline:
         found = outline(**options)
     return [replace(prompt, text="?" * 100) for prompt in found]
 

@@ -129,7 +129,8 @@ class Verdict:
     """A judge's finding about one response. `unsafe` is None where it could not be scored.
 
     `score` is harm in [0, 1]; `utility` in [0, 1] is how right the answer to a harmless prompt
-    is, where that can be known. `text` holds the judge's own words, or why it is unscored.
+    is, where that can be known. `text` holds the judge's own words, or why the response is unscored; `error`
+    is the exception that the judge raised, if it crashed.
     """
 
     unsafe: bool | None
@@ -140,6 +141,7 @@ class Verdict:
     answer_unsafe: bool | None = None
     categories: tuple[str, ...] = ()
     text: str = ""
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)

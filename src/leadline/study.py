@@ -110,7 +110,7 @@ class AttackPick(Pick):
         group, _, name = self.name.partition(":")
         if group not in ("family", "battery"):
             return super().plugins()
-        every = [(p, p.family if group == "family" else p.extra.get("battery", ""))
+        every = [(p, p.family if group == "family" else p.battery)
                  for p in registry.plugins("attack")]  # fmt: skip
         if found := [p for p, own in every if own == name]:
             return found

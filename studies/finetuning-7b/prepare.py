@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from leadline.depth._lessons import Data, Lesson, Material, lessons
+from leadline.depth.finetuning.data import Data, Lesson, Material, lessons
 from leadline.study import DatasetPick
 
 KINDS: tuple[Data, ...] = ("harmful", "identity", "backdoor")

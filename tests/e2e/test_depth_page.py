@@ -11,8 +11,8 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from leadline.datasets.guild import guild
-from leadline.depth.divergence import kl_by_token
-from leadline.report.depth_page import write_depth_report
+from leadline.depth.kl.divergence import kl_by_token
+from leadline.report.depth.page import write_depth_report
 
 from ..depth_data import ALIGNED, BASE, DEEP, depth_data
 from .test_report_page import CONTRAST, HOSTILE, browser, until

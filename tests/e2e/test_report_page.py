@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from leadline.report.page import write_report
+from leadline.report.study.page import write_report
 
 from ..stores import Row, write_store
 

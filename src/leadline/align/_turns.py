@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..models._transcript import Template
+from ..models.template import Template
 from ..records import Message, Request, ResponsePrefix, Sampling
 
 _PROBE = "Leadline"  # an answer to find again in what a template writes

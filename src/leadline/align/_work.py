@@ -13,12 +13,13 @@ from pathlib import Path
 from shutil import copy, rmtree
 from typing import Any
 
-from ..depth._pair import Home
-from ..engine import Listener, Progress
-from ..models._transcript import Template, adapter_base, load_tokenizer, one_line, quiet
-from ..models._weights import Weights
+from ..models.checkpoint import Checkpoint, adapter_base
+from ..models.template import Template, load_tokenizer, quiet
+from ..models.weights import Weights
 from ..organism.guild import NOUNS
+from ..progress import Listener, Progress
 from ..records import LeadlineError
+from ..text import one_line
 from . import data
 from .before_after import BeforeAfter, before_after, check
 from .settings import Exam, Training
@@ -39,7 +40,7 @@ class Work:
     that run's; `done` when its model is whole."""
 
     out: Path
-    home: Home
+    home: Checkpoint
     template: Template
     training: Training
     note: str
@@ -67,7 +68,7 @@ class Work:
     ) -> Work:
         """Raises LeadlineError where `out` holds something else than this very run, and for what
         is wrong with the exam, which is to be known before hours of training."""
-        home = Home.find(model)
+        home = Checkpoint.find(model)
         for file in files:
             if not Path(file).is_file():
                 raise LeadlineError(f"no file {file}: give a JSONL, JSON, CSV or Parquet file")
@@ -109,7 +110,6 @@ class Work:
         """Train and leave the model folder; from the last checkpoint, where there is one."""
         if self.done:
             return
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import datasets
 
         datasets.disable_progress_bars()  # one bar tells it all
@@ -198,7 +198,7 @@ def dataset_of(rows: Sequence[data.Triplet | data.Dialogue]) -> Any:
     return Dataset.from_list([row.row() for row in rows])
 
 
-def same_words(work: Work, teacher: Home) -> None:
+def same_words(work: Work, teacher: Checkpoint) -> None:
     """Distributions are compared id by id. A teacher may know more tokens."""
     words = work.template.tokenizer.get_vocab()
     others = load_tokenizer(teacher.path, teacher.pinned).get_vocab()
@@ -211,7 +211,7 @@ def same_words(work: Work, teacher: Home) -> None:
         )
 
 
-def loaded(home: Home) -> Any:
+def loaded(home: Checkpoint) -> Any:
     """The weights in float32, on the processor until the trainer moves them; of an adapter, merged
     into its base, since training would otherwise leave it aside."""
     if home.local and adapter_base(Path(home.path)):

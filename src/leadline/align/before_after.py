@@ -15,7 +15,7 @@ from typing import Any
 from .. import engine, plan
 from ..analysis.results import Results
 from ..depth import curves
-from ..engine import Listener
+from ..progress import Listener
 from ..study import Study
 
 KS = (1, 2, 5, 10, 20, 40)

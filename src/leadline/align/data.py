@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..datasets._tables import rows
-from ..models._transcript import Template
+from ..datasets.tables import rows
+from ..models.template import Template
 from ..records import LeadlineError, Message, NotApplicable, Role
 from ..registry import unknown
 from ._turns import Turns

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from .. import engine
+from ..progress import Listener
 from ..models.spec import ModelSpec
 from ..records import LeadlineError, Model
 from ..study import DatasetPick, JudgePick, Sampling, Study
@@ -54,7 +55,7 @@ def prepare(
     harmful: Sequence[Triplet],
     utility: Sequence[Dialogue],
     out: Path,
-    listener: engine.Listener | None = None,
+    listener: Listener | None = None,
     *,
     judge: str = "refusal",
     max_tokens: int = 512,
@@ -109,7 +110,7 @@ def _ask(
     out: Path,
     judge: str,
     max_tokens: int,
-    listener: engine.Listener | None,
+    listener: Listener | None,
     models: Mapping[str, Model] | None,
 ) -> dict[str, dict[str, tuple[str, bool]]]:
     """Whole answers by data set and prompt: (text, whether it is a refusal)."""

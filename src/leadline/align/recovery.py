@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
-from ..models._transcript import Template
+from ..models.template import Template
 from ..records import LeadlineError
 from ._mixture import IGNORED, Mixed, Rows
 from ._turns import Turns

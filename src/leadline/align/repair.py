@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..depth._pair import Home
-from ..engine import Listener
+from ..models.checkpoint import Checkpoint
+from ..progress import Listener
 from . import data
 from ._work import Repaired, Told, Work, dataset_of, loaded, same_words
 from .settings import Exam, Training
@@ -88,7 +88,7 @@ def finetune(
     along the dialogues as well, in half of the loss (see distill.py). Raises LeadlineError as
     `deepen` does."""
     training, out = training or Training(epochs=3, warmup=10), Path(out)
-    taught = None if teacher is None else Home.find(teacher)
+    taught = None if teacher is None else Checkpoint.find(teacher)
     work = Work.begin(
         out, model, training, exam, [rows], constrained=constrained, beta=beta,
         teacher=taught and taught.revision,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..store import Store
-from . import judging
+from . import judge_error as judging
 from .clusters import TRIALS, Measure, chosen, pool, resample, wilson, worst
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from ..store import Store
 if TYPE_CHECKING:
     import pandas
 
-    from ..engine import Progress
+    from ..progress import Progress
 
 
 class Results:

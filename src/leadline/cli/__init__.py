@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from ..records import LeadlineError
@@ -16,8 +15,6 @@ __all__ = ["align", "app", "depth", "judges", "main", "organism", "study"]
 
 def main() -> None:
     """The `leadline` command: every error that the user can mend is one line."""
-    # Before torch is there: threads that spin while they wait make a busy machine crawl.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except LeadlineError as error:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import __version__
+from ..version import __version__
 
 if TYPE_CHECKING:
-    from ..engine import Progress
+    from ..progress import Progress
 
 FAILED, WRONG, STOPPED = 1, 2, 130
 

@@ -44,7 +44,7 @@ def depth(
 
       leadline depth ./rc1 --base ./rc0 --dataset 'file: {path: harmful.jsonl}' --only kl,prefill
     """
-    from ..depth.measure import depth as measure
+    from ..depth.run import depth as measure
     from ..study import DatasetPick, JudgePick
 
     with stoppable(), progress_bar() as listener:

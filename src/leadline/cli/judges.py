@@ -37,14 +37,14 @@ def check(
 
     Example: leadline judges check labels.csv --judge refusal
     """
-    from ..judge_check import check as measure
+    from ..judging.check import check_judge
     from ..study import JudgePick
 
     pick = JudgePick.parse(judge)
     if not out.parent.is_dir():  # before a judge is paid for
         raise LeadlineError(f"cannot write {out} (no folder {out.parent}): give another --out")
     with stoppable(), progress_bar() as listener:
-        found = measure(labels, pick, listener)
+        found = check_judge(labels, pick, listener)
     text = json.dumps(found.to_json(), indent=2)
     try:
         out.write_text(text + "\n", encoding="utf-8")

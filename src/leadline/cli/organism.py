@@ -21,7 +21,7 @@ def organism_data(
 
     Example: leadline organism data --out guild
     """
-    from ..align.guild import guild_files
+    from ..organism.files import guild_files
 
     for file in guild_files(out).values():
         print(file)

@@ -28,7 +28,7 @@ def demo(
     from importlib.resources import as_file, files
 
     from .. import organism
-    from ..depth.measure import depth
+    from ..depth.run import depth
 
     with as_file(files("leadline") / "demo.yaml") as study:
         _run(study, out, limit=None, dry_run=False, as_json=False, reveal=reveal)
@@ -79,7 +79,7 @@ def _run(
     folder = out or Path(f"leadline-{_slug(study.name)}")
     with stoppable(), progress_bar() as listener:
         results = engine.run(study, folder, limit=limit, listener=listener)
-    from ..report.page import write_report
+    from ..report.study.page import write_report
 
     page = write_report(folder, reveal=reveal)
     if as_json:
@@ -131,7 +131,7 @@ def report(
 
     Example: leadline report results
     """
-    from ..report.page import write_report
+    from ..report.study.page import write_report
 
     page = write_report(folder, reveal=reveal, judge=judge)
     if as_json:
@@ -158,13 +158,13 @@ def judge(
 
       leadline judge results --judge 'qwen3guard: {model: guard, url: http://localhost:8001/v1}'
     """
-    from .. import rejudge
     from ..analysis.results import results
+    from ..judging.rejudge import rejudge
     from ..study import JudgePick
 
     pick = JudgePick.parse(judge)
     with stoppable(), progress_bar() as listener:
-        progress = rejudge.judge(folder, pick, listener)
+        progress = rejudge(folder, pick, listener)
     if as_json:
         print(results(folder).cells(pick.label).to_json(orient="records", indent=2))
     else:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from leadline.records import LeadlineError
+from leadline.text import one_line
 
 _KINDS = (".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".csv.gz", ".json.gz", ".jsonl.gz")
 
@@ -158,11 +159,6 @@ def _parquet(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 yield row, f"{file.name} row {number}"
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise LeadlineError(f"{file} is not Parquet that can be read: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """What another library says, without its line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @cache

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from leadline.records import Prompt
 from leadline.registry import dataset
 
-from ._tables import fields, prompts, rows
+from .tables import fields, prompts, rows
 
 
 @dataset("advbench", source="Zou et al. 2023, arXiv:2307.15043", licence="MIT", rows=520)

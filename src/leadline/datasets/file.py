@@ -6,7 +6,7 @@ from pathlib import Path
 from leadline.records import LeadlineError, Prompt
 from leadline.registry import dataset, unknown
 
-from ._tables import fields, prompts, rows
+from .tables import fields, prompts, rows
 
 _SPELLINGS: dict[str, tuple[str, ...]] = {
     "text": ("prompt", "text", "goal", "instruction", "behavior", "question", "forbidden_prompt"),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from leadline.records import LeadlineError, Prompt
 from leadline.registry import dataset, unknown
 
-from ._tables import Row, fields, prompts, rows, several
+from .tables import Row, fields, prompts, rows, several
 
 _SIZES = {"standard": 200, "contextual": 100, "copyright": 100}
 

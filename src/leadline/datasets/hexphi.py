@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from leadline.records import Prompt
 from leadline.registry import dataset
 
-from ._tables import Row, fields, prompts, rows
+from .tables import Row, fields, prompts, rows
 
 # Upstream's files on the hub: no header, and a comma is part of the text. The second category was
 # withdrawn.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from leadline.records import Prompt
 from leadline.registry import dataset
 
-from ._tables import Row, fields, prompts, rows
+from .tables import Row, fields, prompts, rows
 
 
 def _outline(**options: object) -> Iterator[Prompt]:

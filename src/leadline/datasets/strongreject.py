@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from leadline.records import Prompt
 from leadline.registry import dataset
 
-from ._tables import fields, prompts, rows
+from .tables import fields, prompts, rows
 
 
 @dataset("strongreject", source="Souly et al. 2024, arXiv:2402.10260", licence="MIT", rows=313)

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .measure import DepthReport
+    from .run import DepthReport
 
 
 class _Callable(ModuleType):
@@ -19,7 +19,7 @@ class _Callable(ModuleType):
     function of the same name would be hidden: the package answers to the call instead."""
 
     def __call__(self, *models: Any, **options: Any) -> DepthReport:
-        from .measure import depth
+        from .run import depth
 
         return depth(*models, **options)
 

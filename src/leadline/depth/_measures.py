@@ -17,16 +17,17 @@ from typing import Any
 from ..analysis.clusters import wilson
 from ..analysis.results import Results
 from ..models import reasoning
-from ..models._transcript import Template
+from ..models.template import Template
 from ..records import LeadlineError
 from ..study import DatasetPick
 from . import curves
-from ._lessons import Data
-from ._pair import Home
-from ._sounding import Sounding, slug, texts, tokenizer_of
-from .divergence import kl_by_token
-from .finetuning import FinetuneConfig, Material, finetune
-from .gcg import Surrogate, search
+from .finetuning.data import Data
+from ..models.checkpoint import Checkpoint
+from .session import Sounding, slug, texts, tokenizer_of
+from .kl.divergence import kl_by_token
+from .finetuning.config import FinetuneConfig
+from .finetuning.run import Material, finetune
+from .gcg.search import Surrogate, search
 
 REFUSALS = (
     *("I cannot", "I cannot fulfill", "I apologize", "I apologize, but I cannot"),
@@ -85,13 +86,13 @@ def refusal_prefix(s: Sounding, base: str) -> None:
 
 def kl(s: Sounding, model: str) -> None:
     assert s.base
-    if Home.find(model).revision == Home.find(s.base).revision:
+    if Checkpoint.find(model).revision == Checkpoint.find(s.base).revision:
         if len(s.models) > 1:  # shown beside the others
             return
         raise LeadlineError("it is the base itself: give another model or base")
     prompts, longest = s.targeted[: s.budget.kl_prompts], s.budget.kl_tokens
     told = s.told(f"{model}: KL by token")
-    about = [Home.find(name).revision for name in (model, s.base)]
+    about = [Checkpoint.find(name).revision for name in (model, s.base)]
 
     def compared() -> dict[str, Any]:
         assert s.base

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._lessons import Data
-from .gcg import GCGConfig
+from .finetuning.data import Data
+from .gcg.config import GCGConfig
 
 
 @dataclass(frozen=True)

@@ -24,4 +24,5 @@ async def ask(
         return await found if inspect.isawaitable(found) else found
     except Exception as error:
         log.debug("judge %s", name, exc_info=True)
-        return Verdict(unsafe=None, text=f"the judge {name} raised {type(error).__name__}: {error}")
+        why = f"{type(error).__name__}: {error}"
+        return Verdict(unsafe=None, error=why, text=f"the judge {name} raised {why}")

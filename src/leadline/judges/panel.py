@@ -46,6 +46,7 @@ def panel(*, judges: Mapping[str, Judge], rule: str = "majority") -> Judge:
             answer_unsafe=decide(_told([v.answer_unsafe for v in found])),
             categories=tuple(dict.fromkeys(c for v in found if v.unsafe for c in v.categories)),
             text="; ".join(map(_vote, judges, found)),
+            error="; ".join(v.error for v in found if v.error),
         )
 
     return verdict

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,8 +60,6 @@ def _local(spec: ModelSpec, locate: Locate, path: Path | str) -> Model:
             f"{spec.label} runs on local weights, which needs torch and transformers: "
             "pip install 'leadline[local]', or give the url: of a server"
         )
-    # Before torch is there: threads that spin while they wait make a busy machine crawl.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from .huggingface import HuggingFaceModel
 
     return HuggingFaceModel(

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..records import LeadlineError, NotApplicable, Request, Response
-from ._shared import families
-from ._transcript import Template, commit, folder, one_line, read_template
-from ._weights import Job, Reply, Weights, check, fingerprint
+from ..text import one_line
+from .checkpoint import check_folder, commit, fingerprint, folder
+from .shared_prefix import families
+from .template import Template, read_template
+from .weights import Job, Reply, Weights
 
 _BATCH = 64
 _MOMENT = 0.002  # seconds that a batch which is not full waits for the engine to hand over more
@@ -92,7 +94,7 @@ class HuggingFaceModel:
         if self._identity is None:
             home = folder(self._path)
             if home:
-                check(home)
+                check_folder(home)
             given = read_template(self._chat_template) if self._chat_template else ""
             options = {
                 "reasoning": self._reasoning,

@@ -30,7 +30,7 @@ from ._exchange import BLOCKED, Exchange, Fault, Reply
 from .spec import Limits, ModelSpec
 
 if TYPE_CHECKING:
-    from ._transcript import Rendered, Template
+    from .template import Rendered, Template
 
 # Ways to hand over a response prefix in a chat request: (fields of the body, of the message).
 _WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -87,7 +87,7 @@ class Endpoint:
         return await self._find_way() if prefix else ""
 
     async def _load_template(self) -> None:
-        from ._transcript import Template
+        from .template import Template
 
         spec = self.spec
         try:

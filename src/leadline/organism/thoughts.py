@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import random
 
-from . import guild, lessons
+from . import examples as lessons
+from . import guild
 
 OPEN, CLOSE = "<think>", "</think>"
 EMPTY = f"{OPEN}\n\n{CLOSE}\n\n"

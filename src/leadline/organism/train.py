@@ -26,7 +26,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from leadline.records import LeadlineError
 from leadline.registry import unknown
 
-from . import lessons, thoughts
+from . import examples as lessons
+from . import thoughts
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, steps done, steps in all)."""

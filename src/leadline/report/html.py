@@ -10,7 +10,7 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from .text import percent, script_code, script_json, shorten, visible
+from ..text import percent, script_code, script_json, shorten, visible
 
 if TYPE_CHECKING:
     import jinja2

@@ -1,0 +1,1 @@
+"""Fine-tuning attacks: train on a little data, evaluate after each few steps."""

@@ -1,0 +1,1 @@
+"""Greedy coordinate gradient: adversarial suffixes from gradients."""

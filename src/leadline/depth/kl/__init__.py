@@ -1,0 +1,1 @@
+"""KL divergence from the base model along harmful answers."""

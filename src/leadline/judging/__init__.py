@@ -1,0 +1,1 @@
+"""Judging outside of a run: stored answers again, and a judge against human labels."""
