@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("torch")
 
 from leadline.align.data import Dialogue, Triplet, read_harmful, read_training, read_utility
-from leadline.organism.files import guild_files
 from leadline.align.prepare import prepare
 from leadline.organism import guild as world
+from leadline.organism.files import guild_files
 from leadline.records import LeadlineError, Message
 
 ALIGNED = "organism:aligned"

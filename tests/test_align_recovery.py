@@ -26,9 +26,9 @@ from leadline.align import RecoveryConfig, RecoveryTrainer  # noqa: E402
 from leadline.align._mixture import Mixed, Rows, prefix_length  # noqa: E402
 from leadline.align._turns import Turns  # noqa: E402
 from leadline.align.data import Dialogue, Triplet, read_harmful, read_utility  # noqa: E402
-from leadline.organism.files import guild_files  # noqa: E402
 from leadline.align.prepare import prepare  # noqa: E402
 from leadline.models.template import Template  # noqa: E402
+from leadline.organism.files import guild_files  # noqa: E402
 from leadline.records import LeadlineError, Message  # noqa: E402
 from leadline.study import Study  # noqa: E402
 

@@ -15,8 +15,8 @@ import pytest
 import leadline as ll
 from leadline import LeadlineError
 from leadline.align import repair
-from leadline.organism.files import guild_files
 from leadline.align.repair import Exam, Training
+from leadline.organism.files import guild_files
 
 ALIGNED = "organism:aligned"
 ASKED = ("--dataset", "guild: {limit: 24}")

@@ -14,7 +14,8 @@ import leadline
 from leadline import organism, registry
 from leadline.models import Limits, ModelSpec, connect
 from leadline.models.template import Template
-from leadline.organism import guild, examples as lessons, thoughts
+from leadline.organism import examples as lessons
+from leadline.organism import guild, thoughts
 from leadline.organism.train import STAGES, tokenizer
 from leadline.records import Attempt, Prompt, Request, Response, ResponsePrefix, Sampling, Verdict
 
