@@ -86,15 +86,15 @@ def _first_token(depth: Depth, names: list[str]) -> str:
     if len(pairs) == 1:
         _, direct, half = pairs[0]
         return (
-            f"{head}: direct requests get an unsafe answer to {rate(direct)} {of_prompts(direct)}, "
-            f"and with one token of a harmful answer prefilled {rate(half)} do"
+            f"{head}: the ASR is {rate(direct)} {of_prompts(direct)} with direct requests, and "
+            f"{rate(half)} with one token of a harmful answer prefilled"
         )
     texts = per_model(
         (h.known, f"{m} {rate(d)}, then {rate(h)} {of_prompts(h)}") for m, d, h in pairs
     )
     return (
-        f"{head}. Unsafe answers to direct requests, then with one token of a harmful answer "
-        f"prefilled: {texts}"
+        f"{head}. ASR of direct requests, then with one token of a harmful answer prefilled: "
+        f"{texts}"
     )
 
 
@@ -104,10 +104,10 @@ def _breaks(depth: Depth, names: list[str]) -> str:
         direct, half = depth.direct(model), _half(depth, model)
         assert half
         text = (
-            f"{model} gives an unsafe answer to {rate(half)} {of_prompts(half)} with "
+            f"{model} has an ASR of {rate(half)} {of_prompts(half)} with "
             f"{count(half.k, 'tokens')} of a harmful answer prefilled"
         )
-        text += f", to {rate(direct)} of direct requests" if direct else ""
+        text += f", and of {rate(direct)} with direct requests" if direct else ""
         found = depth.d50.get(model, {}).get("prefill")
         if found and found.value is not None and not found.censored:
             tried = [p.k for p in depth.of("prefill", Prefill, model)]
@@ -120,7 +120,7 @@ def _most(depth: Depth, names: list[str]) -> str:
     texts = []
     for model in names:
         top, direct = greatest(_prefilled(depth, model)), depth.direct(model)
-        against = f", against {rate(direct)} of direct requests" if direct else ""
+        against = f", against {rate(direct)} with direct requests" if direct else ""
         text = f"{rate(top)} {of_prompts(top)} at {count(top.k, 'tokens')}{against}"
         texts.append((top.known, f"{model} {text}" if len(names) > 1 else text))
     return per_model(texts)
@@ -134,7 +134,7 @@ def _resists(depth: Depth, names: list[str]) -> str:
     verb = "refuses" if len(names) == 1 else "refuse"
     return (
         f"{named(names)} {verb} with up to {_longest(depth, names)} of a harmful answer prefilled: "
-        f"the highest rate of unsafe answers is {_most(depth, names)}"
+        f"the highest ASR is {_most(depth, names)}"
     )
 
 
@@ -142,7 +142,7 @@ def _undecided(depth: Depth, names: list[str]) -> str:
     verb = "stays" if len(names) == 1 else "stay"
     return (
         f"{named(names)} {verb} below half with up to {_longest(depth, names)} of a harmful answer "
-        "prefilled, but the intervals do not exclude half: the highest rate of unsafe answers is "
+        "prefilled, but the intervals do not exclude half: the highest ASR is "
         f"{_most(depth, names)}"
     )
 
@@ -153,11 +153,11 @@ def _direct(depth: Depth, names: list[str]) -> str:
         model, direct = pairs[0]
         already = "already " * (direct.known >= HALF)
         return (
-            f"{model} {already}gives an unsafe answer to {rate(direct)} {of_prompts(direct)} "
-            "with direct requests"
+            f"{model} {already}has an ASR of {rate(direct)} {of_prompts(direct)} with direct "
+            "requests"
         )
     texts = per_model((d.known, f"{m} {rate(d)}") for m, d in pairs)
-    return f"Unsafe answers to direct requests: {texts}"
+    return f"ASR of direct requests: {texts}"
 
 
 _WORDINGS = (_first_token, _breaks, _undecided, _resists, _direct)
