@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..records import Attempt, Prompt, ResponsePrefix
 from ..registry import attack
 
-_STUDY = "What Matters For Safety Alignment? (arXiv 2601.03868); wording ours"
+_STUDY = "What Matters For Safety Alignment? (arXiv 2601.03868); own wording"
 
 
 def _thought(prompt: Prompt) -> str:
@@ -25,7 +25,7 @@ def _thought(prompt: Prompt) -> str:
 @attack(
     "cot_user_forged",
     family="cot",
-    source="Kuo et al. 2025, H-CoT (arXiv 2502.12893), as in arXiv 2601.03868; wording ours",
+    source="Kuo et al. 2025, H-CoT (arXiv 2502.12893), as in arXiv 2601.03868; own wording",
 )
 def cot_user_forged(prompt: Prompt) -> str:
     """The request and a forged thought in the user turn, which the model is told to continue."""

@@ -46,7 +46,7 @@ def decoding(prompt: Prompt, *, sweep: str = "full", hottest: float = 1.0) -> li
 @attack(
     "decoding_search",
     family="decoding",
-    source="Huang et al. 2023 (arXiv 2310.06987); order of the settings ours",
+    source="Huang et al. 2023 (arXiv 2310.06987); own order of the settings",
 )
 async def decoding_search(
     prompt: Prompt, *, assist: Assist, sweep: str = "full", hottest: float = 1.0, most: int = 16

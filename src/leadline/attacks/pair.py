@@ -21,7 +21,7 @@ _ANGLES = (
 @attack(
     "pair",
     family="search",
-    source="Chao et al. 2023, PAIR (arXiv 2310.08419); wording ours",
+    source="Chao et al. 2023, PAIR (arXiv 2310.08419); own wording",
     needs=("attacker",),
     battery="strongreject",
 )

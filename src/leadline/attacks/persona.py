@@ -1,7 +1,7 @@
 """Role play: the model is told to answer as a character that never refuses.
 
 The techniques spread on public forums in 2023 and are widely known, so a model that they break
-has not been trained against them. The wording is ours.
+has not been trained against them. The wording is Leadline's.
 """
 
 from __future__ import annotations

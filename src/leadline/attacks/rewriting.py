@@ -70,7 +70,7 @@ _WEI = "Wei et al. 2023, Jailbroken (arXiv 2307.02483)"
     battery="strongreject",
 )
 async def auto_payload_splitting(prompt: Prompt, *, assist: Assist) -> str:
-    """The sensitive words, as the attacker model marks them, split into pieces to be joined."""
+    """The request with its sensitive words, found by the attacker model, split into pieces."""
     pieces: list[str] = []
     sums: dict[str, str] = {}
 
@@ -104,7 +104,7 @@ _LOOKALIKE = str.maketrans("aeiostAEIOST", "431057431057")
     battery="strongreject",
 )
 async def auto_obfuscation(prompt: Prompt, *, assist: Assist) -> str:
-    """The sensitive words, as the attacker model marks them, with digits in place of letters."""
+    """The request with its sensitive words, found by the attacker model, spelt with digits."""
 
     def obfuscated(word: re.Match[str]) -> str:
         text = word[0].translate(_LOOKALIKE)
@@ -202,7 +202,7 @@ def _story(request: str) -> str:
     needs=("attacker",),
 )
 async def renellm(prompt: Prompt, *, assist: Assist, rng: Random, rounds: int = 3) -> Attempt:
-    """The request, randomly rewritten and nested in a code, table or story task, until one breaks.
+    """Random rewrites of the request in a code, table or story task, until one breaks the prompt.
 
     The attempt is the first of at most `rounds` that the judge finds unsafe, or the last one.
     Raises AttemptFailed if none is unsafe and the attacker, the target or the judge failed in a
