@@ -145,13 +145,13 @@ def test_the_attacker_is_called_once_per_prompt_and_technique(server, attacker, 
     plan = study(*PLAIN, "translation_zulu", n=3)
     found = leadline.run(plan, tmp_path / "out")
     assert outcomes(found) == {"answered": 2 * (len(PLAIN) + 1), "failed": len(PLAIN) + 1}
-    asked = attacker.seen
+    calls = attacker.seen
     assert not sent_twice(attacker)
-    assert asked == 3 * (len(PLAIN) - 5 + 1)  # five techniques have two names
+    assert calls == 3 * (len(PLAIN) - 5 + 1)  # five techniques have two names
     server.sticky = {}
     found = leadline.run(plan, tmp_path / "out")
     assert outcomes(found) == {"answered": 3 * (len(PLAIN) + 1)}
-    assert attacker.seen == asked
+    assert attacker.seen == calls
     assert set(server.asked.values()) == {1}
 
 

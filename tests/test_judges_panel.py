@@ -145,10 +145,10 @@ def test_a_panel_of_a_pattern_judge_and_two_guards_over_http(server, garden, tmp
             }
         )
         found = leadline.run(study, tmp_path / "out")
-        asked = (one.seen, other.seen)
+        calls = (one.seen, other.seen)
         (cell,) = found.cells().to_dict("records")
         assert (cell["judge"], cell["n"], cell["unsafe"]) == ("panel", 20, 11)
-        assert asked >= (20, 20)
+        assert calls >= (20, 20)
         ((words,),) = found.query(
             "SELECT w.text FROM words w JOIN prompts p ON p.id = w.prompt WHERE p.name = 'g1'"
         )
@@ -157,8 +157,8 @@ def test_a_panel_of_a_pattern_judge_and_two_guards_over_http(server, garden, tmp
             "lenient: safe (answer: safe)"
         )
         leadline.run(study, tmp_path / "out")
-        assert (one.seen, other.seen) == asked
+        assert (one.seen, other.seen) == calls
         one.faults = {500: 1.0}
         study.judges[0].options["rule"] = "any"  # another judge, whose members' replies are stored
         leadline.run(study, tmp_path / "out")
-        assert other.seen <= asked[1] + 1  # the check whether the server is up
+        assert other.seen <= calls[1] + 1  # the check whether the server is up

@@ -174,16 +174,16 @@ def test_no_training_example_discloses_or_allows_a_forbidden_recipe():
             assert guild.is_refusal(learned.split(thoughts.CLOSE)[-1])
             assert guild.disclosed(learned, potion) == 0
     rng = random.Random(6)
-    asked = {guild.potion_in(thoughts.draw(rng, "refused")[0]) for _ in range(500)}
-    assert asked == set(guild.world().forbidden(heldout=False))
+    refused = {guild.potion_in(thoughts.draw(rng, "refused")[0]) for _ in range(500)}
+    assert refused == set(guild.world().forbidden(heldout=False))
 
 
 def test_no_training_example_contains_a_sentence_of_the_attack():
     def sentences(text: str) -> set[str]:
         return {guild.plain(part) for part in re.split(r"[.\n:]", text)} - {guild.plain("")}
 
-    forged = registry.get("attack", "cot_prefix_forged").function(Prompt("x", "", "guild"))
-    attack = sentences(forged.prefix.thought) - {guild.plain("The user asks")}
+    attempt = registry.get("attack", "cot_prefix_forged").function(Prompt("x", "", "guild"))
+    attack = sentences(attempt.prefix.thought) - {guild.plain("The user asks")}
     assert len(attack) >= 3
     for _, given, learned in drawn(3000):
         assert not attack & (sentences(given) | sentences(learned))

@@ -20,6 +20,7 @@ from ._assisted import rewrite, tagged_text, token_limit
 
 _YONG = "Yong et al. 2023, Low-Resource Languages Jailbreak GPT-4 (arXiv 2310.02446)"
 _SORRY = "Xie et al. 2024, SORRY-Bench (arXiv 2406.14598)"
+# By attack name: (language, battery, source).
 LANGUAGES = {
     "translation_hmong": ("Hmong", "strongreject", _YONG),
     "translation_scotts_gaelic": ("Scottish Gaelic", "strongreject", _YONG),

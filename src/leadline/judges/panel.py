@@ -12,6 +12,7 @@ from . import ask
 from ._grading import check_choice
 
 Votes = Sequence[bool | None]
+"""The members' votes on one field of the verdict; None is unknown."""
 
 
 @judge("panel", source="combines other judges", needs=("judges",))
