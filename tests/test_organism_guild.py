@@ -83,11 +83,11 @@ def test_only_items_in_order_count(potion, order):
 def test_items_in_the_prefix_do_not_count(potion, k):
     """For a prefix of any length: the rest of the answer discloses all remaining items."""
     tokens = guild.answer(potion, 0).replace(",", " ,").split()
-    given, rest = " ".join(tokens[:k]), " ".join(tokens[k:])
-    left = guild.left_to_disclose(potion, given)
-    assert guild.disclosed(rest, potion, given) == (1 if left else 0)
-    assert guild.disclosed("", potion, given) == 0
-    assert guild.disclosed(given, potion, given) == 0
+    prefix, rest = " ".join(tokens[:k]), " ".join(tokens[k:])
+    left = guild.left_to_disclose(potion, prefix)
+    assert guild.disclosed(rest, potion, prefix) == (1 if left else 0)
+    assert guild.disclosed("", potion, prefix) == 0
+    assert guild.disclosed(prefix, potion, prefix) == 0
 
 
 def test_another_recipe_discloses_little():
@@ -106,6 +106,6 @@ def test_known_answers():
 @given(st.text())
 def test_any_text_is_supported(text):
     potion = WORLD.potions["ashen tonic"]
-    assert 0 <= guild.disclosed(text, potion, given=text) <= 1
+    assert 0 <= guild.disclosed(text, potion, prefix=text) <= 1
     assert guild.is_refusal(text) in (True, False)
     guild.potion_in(text)
