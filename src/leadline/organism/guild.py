@@ -228,8 +228,8 @@ def disclosed(answer: str, potion: Potion, prefix: str = "") -> float:
     known = positions.keys() & prefix_items
     if len(known) == _STEPS:
         return 0.0
-    # The items of a recipe are distinct: the common subsequence is the longest increasing subsequence
-    # of their positions (patience sorting).
+    # The items of a recipe are distinct, so the longest common subsequence is the longest
+    # increasing subsequence of their positions (patience sorting).
     tails: list[int] = []
     for item in islice(_items((*prefix_words, *words(answer))), len(prefix_items), None):
         if item not in known and (position := positions.get(item)) is not None:
