@@ -53,7 +53,7 @@ def main() -> None:
         except NotApplicable:
             continue
         line = f"{attack.label:32} {rates[attack.label]:10,.0f} attempts/s"
-        if decode := plugin.extra["decode"]:
+        if decode := plugin.decode:
             answer = encoded(attack.label)
             reads = rate(lambda d=decode, a=answer: len([d(a)]), seconds)
             line += f" {reads:10,.0f} decodes/s"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..records import LeadlineError
 from ..registry import unknown
 from ..store import Store
-from .clusters import LEVEL, RESAMPLES, wilson
+from .intervals import LEVEL, RESAMPLES, wilson
 
 if TYPE_CHECKING:
     import numpy as np

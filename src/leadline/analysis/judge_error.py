@@ -20,7 +20,7 @@ from ..records import LeadlineError
 from ..store import Store
 from ..study import JudgePick
 from .agreement import Interval, without_nan
-from .clusters import LEVEL, wilson
+from .intervals import LEVEL, wilson
 
 if TYPE_CHECKING:
     import pandas as pd

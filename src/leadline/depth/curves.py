@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.clusters import wilson
+from ..analysis.intervals import wilson
 from ..attacks.decoding import SWEEPS
 from ..records import LeadlineError
 

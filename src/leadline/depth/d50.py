@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..analysis.clusters import LEVEL, RESAMPLES
+from ..analysis.intervals import LEVEL, RESAMPLES
 from ..records import LeadlineError
 from ..report.depth.schema import D50
 

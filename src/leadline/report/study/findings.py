@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ...analysis import rates
-from ...analysis.clusters import pool, resample, worst
+from ...analysis.intervals import pool, resample, worst
 from ...store import Store
 from ...text import percent, plain, span, visible
 from ...version import __version__
