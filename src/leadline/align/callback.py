@@ -24,7 +24,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from .. import engine, plan
-from ..analysis import clusters, rates
+from ..analysis import pooling, rates
+from ..analysis.sums import Measure, sums
 from ..models.huggingface import HuggingFaceModel
 from ..models.spec import ModelSpec
 from ..organism import guild
@@ -303,15 +304,11 @@ def _study(datasets: Any, attacks: Any, judges: Any, sampling: Any) -> Study:
 
 def _rates(home: Path, label: str) -> Iterator[dict[str, Any]]:
     """ASR by attack as the mean over datasets, then over-refusal and utility, with intervals."""
-    named: dict[clusters.Measure, str] = {
-        "unsafe": "",
-        "refusal": "over_refusal",
-        "utility": "utility",
-    }
+    named: dict[Measure, str] = {"unsafe": "", "refusal": "over_refusal", "utility": "utility"}
     with Store(home) as store:
         for of, measure in named.items():
-            frame = clusters.pool(clusters.resample(store, of))
-            here = frame[(frame["model"] == label) & (frame["n"] > 0)]
+            frame = pooling.pooled(sums(store, of))
+            here = frame[(frame["model"] == label) & frame["rate"].notna()]
             for attack, n, *ends in here[["attack", "n", "rate", "low", "high"]].to_numpy():
                 value, low, high = (round(float(end), 6) for end in ends)
                 found = {"value": value, "low": low, "high": high, "n": int(n)}

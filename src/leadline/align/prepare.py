@@ -14,8 +14,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from .. import engine
-from ..progress import Listener
 from ..models.spec import ModelSpec
+from ..progress import Listener
 from ..records import LeadlineError, Model
 from ..study import DatasetPick, JudgePick, Sampling, Study
 from .data import Dialogue, Triplet

@@ -14,18 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..records import LeadlineError
 from ..registry import unknown
 from ..store import Store
-from .intervals import LEVEL, RESAMPLES, wilson
+from .intervals import LEVEL, RESAMPLES, Interval, wilson
 
 if TYPE_CHECKING:
     import numpy as np
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-
-class Interval(NamedTuple):
-    value: float
-    low: float
-    high: float
 
 
 class Table(NamedTuple):

@@ -21,8 +21,8 @@ from .intervals import (
     correlation,
     difference_interval,
     mean_interval,
-    ratio_interval,
     rate_interval,
+    ratio_interval,
     weighted_rate_interval,
     wilson,
 )
@@ -124,7 +124,7 @@ def highest(cells: Sequence[Sums], attacks: Collection[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "thinking", *_COLUMNS, "attacks"])
 
 
-def broken_by_any(cells: Sequence[Sums]) -> pd.DataFrame:
+def broken_by_any(cells: Sequence[Sums], level: float = LEVEL) -> pd.DataFrame:
     """One row per model x thinking: the share of prompts that at least one attack (the direct
     request included) breaks, as the mean over datasets.
 
@@ -139,7 +139,7 @@ def broken_by_any(cells: Sequence[Sums]) -> pd.DataFrame:
         every = [cell for own in attacks.values() for cell in own]
         parts, bounds, prompts = [], [], 0
         for dataset in dict.fromkeys(cell.dataset for cell in every):
-            found = _any([cell for cell in every if cell.dataset == dataset])
+            found = _any([cell for cell in every if cell.dataset == dataset], level)
             parts.append(found.interval)
             bounds.append(found.bounds)
             prompts += found.prompts
@@ -158,7 +158,7 @@ class _Any:
     prompts: int
 
 
-def _any(cells: Sequence[Sums]) -> _Any:
+def _any(cells: Sequence[Sums], level: float) -> _Any:
     """Whether any of the cells, all of one model and dataset, breaks each prompt."""
     import numpy as np
 
@@ -178,10 +178,10 @@ def _any(cells: Sequence[Sums]) -> _Any:
     unknown = ~broken & (scored < attempts)
     chance = any_missing_at_random(unsafe, scored, attempts)
     clusters = base.astype(np.int64)
-    total = np.bincount(clusters, chance)
-    n = np.bincount(clusters, np.ones(len(clusters)))
+    total = np.bincount(clusters, chance).astype(float)
+    n = np.bincount(clusters).astype(float)
     bounds = float(broken.mean()), float((broken | unknown).mean())
-    return _Any(rate_interval(total, n), bounds, int((n > 0).sum()))
+    return _Any(rate_interval(total, n, level), bounds, int((n > 0).sum()))
 
 
 def mean_over_attacks(attacks: Mapping[str, Sequence[Sums]], level: float = LEVEL) -> Interval:

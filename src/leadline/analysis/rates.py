@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..store import Store
 from . import judge_error, pooling
-from .sums import TRIALS, Measure, Sums, chosen, sums
+from .sums import TRIALS, Sums, chosen, sums
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +54,9 @@ _IN_ORDER = (
 )
 
 
-def cells(store: Store, judge: str | None = None, measured: list[Sums] | None = None) -> pd.DataFrame:
+def cells(
+    store: Store, judge: str | None = None, measured: list[Sums] | None = None
+) -> pd.DataFrame:
     """One row per model x thinking x dataset x attack, over harmful prompts.
 
     n counts scored trials, unsafe those with an unsafe thought or answer; where any of several
@@ -175,7 +177,15 @@ def _counts(store: Store, judge: str | None, *, harmful: bool) -> pd.DataFrame:
 
 def _pool_any(store: Store, judge: str | None, frame: pd.DataFrame) -> None:
     """Count prompts instead of trials in the cells where any of several attempts may break one."""
-    columns = ["n", "unsafe", "thought_unsafe", "answer_unsafe", "refused", "judged_refusal", "other"]
+    columns = [
+        "n",
+        "unsafe",
+        "thought_unsafe",
+        "answer_unsafe",
+        "refused",
+        "judged_refusal",
+        "other",
+    ]
     rows = store.query(
         f"{chosen(store, judge)}, prompts_of AS (SELECT c.model, c.thinking, c.dataset, c.attack, "
         "max(v.unsafe) AS unsafe, max(v.thought_unsafe) AS thought, max(v.answer_unsafe) AS "
@@ -192,7 +202,7 @@ def _pool_any(store: Store, judge: str | None, frame: pd.DataFrame) -> None:
 
 
 def _with_intervals(frame: pd.DataFrame, measured: list[Sums], names: list[str]) -> pd.DataFrame:
-    """The frame with a rate and its interval in the columns `names`, and bounds for the unscored."""
+    """The frame with a rate and its interval (columns `names`), and bounds for the unscored."""
     found: dict[tuple[Any, ...], tuple[float, ...]] = {}
     for cell in measured:
         key = (cell.model, cell.thinking, cell.dataset, cell.attack)

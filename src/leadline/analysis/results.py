@@ -29,7 +29,7 @@ class Results:
             return rates.cells(store, judge)
 
     def pooled(self, judge: str | None = None) -> pandas.DataFrame:
-        """Mean ASR over datasets per model x attack, with a cluster-bootstrap interval."""
+        """Mean ASR over datasets per model x attack, with ratio and difference to `direct`."""
         from . import rates
 
         with Store(self.folder) as store:
@@ -41,6 +41,13 @@ class Results:
 
         with Store(self.folder) as store:
             return rates.cot_max(store, judge)
+
+    def any_attack(self, judge: str | None = None) -> pandas.DataFrame:
+        """The share of prompts that at least one attack breaks, per model."""
+        from . import rates
+
+        with Store(self.folder) as store:
+            return rates.any_attack(store, judge)
 
     def over_refusal(self, judge: str | None = None) -> pandas.DataFrame:
         """Refusals of harmless prompts, and how right the answers to them are."""

@@ -105,8 +105,8 @@ class Sums:
         import numpy as np
 
         size = int(self.base.max()) + 1 if len(self.base) else 0
-        total: Floats = np.bincount(self.base, self.sum, size)
-        n: Floats = np.bincount(self.base, self.n, size)
+        total = np.bincount(self.base, self.sum, size).astype(float)
+        n = np.bincount(self.base, self.n, size).astype(float)
         return total, n
 
     def interval(self, level: float = LEVEL) -> Interval:

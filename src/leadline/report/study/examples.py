@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from ...analysis.intervals import TRIALS, chosen
+from ...analysis.sums import TRIALS, chosen
 from ...store import Store
 from ...text import percent, redact, shorten
 from .findings import Measured, label, rows
