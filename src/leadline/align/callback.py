@@ -283,9 +283,7 @@ class SafetyCallback(TrainerCallback):  # type: ignore[misc]
         template = blake2b(str(self.tokenizer.chat_template).encode(), digest_size=8).hexdigest()
         return f"{weights_hash(extract_model_from_parallel(model), self._frozen)}/{template}"
 
-    def _above_bound(
-        self, measurements: list[Measurement], field: Literal["low", "value"]
-    ) -> str:
+    def _above_bound(self, measurements: list[Measurement], field: Literal["low", "value"]) -> str:
         """A description of the first measure whose `field` is above its bound; "" for none."""
         for m in measurements:
             bound = self.bounds.get(m["measure"])

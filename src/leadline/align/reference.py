@@ -49,9 +49,7 @@ def can_select_logits(model: Any) -> bool:
     return model.device.type == "cpu" and "logits_to_keep" in signature(base.forward).parameters
 
 
-def token_logps(
-    model: Any, inputs: Mapping[str, Any], select_logits: bool
-) -> FusedCausalLMOutput:
+def token_logps(model: Any, inputs: Mapping[str, Any], select_logits: bool) -> FusedCausalLMOutput:
     """The output of `model(**inputs, fused_lm_head=True)`: log_probs, entropy, is_top1 and
     label_mask, each [rows, tokens - 1]. With `select_logits`, only the logits of trained positions
     are computed; the values at other positions are 0."""

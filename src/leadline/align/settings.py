@@ -46,8 +46,8 @@ class TrainingConfig:
             raise LeadlineError(f"seed is {self.seed}: give a number from 0 to 2**32 - 1")
         if self.micro and self.batch % self.micro:
             raise LeadlineError(
-                f"batch is {self.batch}, which is not a multiple of micro ({self.micro}): set micro "
-                "to a divisor of batch"
+                f"batch is {self.batch}, which is not a multiple of micro ({self.micro}): set "
+                "micro to a divisor of batch"
             )
 
     def arguments(self, folder: Path) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         check_adapter(self.model)
         if args.disable_dropout:
             _disable_dropout(self.model)
-        self._generation_prompt = _generation_prompt(self.processing_class, self.chat_template)
+        self._generation_prompt_ids = _generation_prompt(self.processing_class, self.chat_template)
         self._select_logits = can_select_logits(self.model)
         self._plain_collator = self.data_collator
         self.data_collator = ReferenceCollator(**vars(self.data_collator))
@@ -195,8 +195,8 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def _with_reference(self, dataset: Any, name: str) -> Dataset:
         if not isinstance(dataset, Dataset):
             raise LeadlineError(
-                f"the {name} dataset is a {type(dataset).__name__}, whose rows are not known before "
-                "training: give a datasets.Dataset"
+                f"the {name} dataset is a {type(dataset).__name__}, whose rows are not known "
+                "before training: give a datasets.Dataset"
             )
         if len(set(self.args.beta)) > 1:
             check_responses(dataset, name)
@@ -259,8 +259,8 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def _beta(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """b_t of every token, in the shape of `mask` [rows, tokens - 1]."""
         virtual = mask.size(1) - ids.size(1) + 1
-        prompt = pad(occurrences(ids, self._generation_prompt)[:, 1:], (virtual, 0))
-        prompt &= positions(mask) <= len(self._generation_prompt)
+        prompt = pad(occurrences(ids, self._generation_prompt_ids)[:, 1:], (virtual, 0))
+        prompt &= positions(mask) <= len(self._generation_prompt_ids)
         return schedule(self.args.beta, positions(mask & ~prompt))
 
     def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:

@@ -93,8 +93,8 @@ class TrainingRun:
             )
             if dataset == "guild" and not set(NOUNS) <= template.tokenizer.get_vocab().keys():
                 raise LeadlineError(
-                    f"the dataset guild is for organisms, and {model} does not know its vocabulary: "
-                    "give --dataset, such as 'harmbench: {path: harmbench.csv}', or "
+                    f"the dataset guild is for organisms, and {model} does not know its "
+                    "vocabulary: give --dataset, such as 'harmbench: {path: harmbench.csv}', or "
                     "--no-evaluation"
                 )
             if evaluation.every:  # a breach may stop training or restore earlier weights
