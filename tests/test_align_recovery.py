@@ -373,9 +373,8 @@ def test_masks_and_boundaries_of_real_chat_templates(name: str):
         assert [labels[at] for at in learned] == [ids[at] for at in learned]
         assert tokenizer.decode([ids[at] for at in learned]) == refusal + end
         k = learned[0] - len(tokenizer(prompt + lead, add_special_tokens=False)["input_ids"])
-        assert (
-            tokenizer.decode(ids[: learned[0]]) == prompt + lead + harmful[:k]
-        )  # a byte is a token
+        # one token is one byte
+        assert tokenizer.decode(ids[: learned[0]]) == prompt + lead + harmful[:k]
         if k == 0:
             assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
         lengths.add(k)
