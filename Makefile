@@ -1,26 +1,35 @@
-# make demo | test | test-all | lint | bench | clean
+# make demo | test | test-all | lint | docs | bench | clean
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint docs bench clean browser
 demo: $(VENV)/.ready
 	$(BIN)/leadline demo --out leadline-demo
 
-# Side by side, a file to a process: models of this size gain nothing from threads.
+# One process per test file and core; models of this size do not profit from threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready browser
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.ready
+test-all: $(VENV)/.ready browser
 	$(PYTEST)
+
+# A Chromium or Chrome for the tests of the report pages: installed if that is possible, otherwise
+# one line that says what to install.
+browser: $(VENV)/.ready
+	@$(BIN)/python -m tests.browser >/dev/null
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The generated tables in docs/.
+docs: $(VENV)/.ready
+	$(BIN)/python docs/tables.py
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/engine.py
@@ -30,8 +39,8 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/prefill.py
 	$(BIN)/python benchmarks/constrained.py
 
-# torch first: what is asked for by name takes the pinned build, whatever other packages allow.
-# judgezoo alone: the judges read its texts and need none of the providers' clients it depends on.
+# torch first: a package that is named takes the pinned build, whatever the others would allow.
+# judgezoo without dependencies: only its prompt texts are used.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch

@@ -1,4 +1,4 @@
-"""Models for judges to ask: they reply as a judge model would, and as none should."""
+"""Scripted judge models for tests, with valid and invalid replies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from leadline.records import Attempt, Judge, Prompt, Request, Response, Response
 
 @dataclass
 class Guard:
-    """A model of the protocol. `reply` makes a reply of the text to be judged."""
+    """A Model whose `reply` maps the text to judge to the reply; `asked` records the requests."""
 
     reply: Callable[[str], str | Response]
     asked: list[Request] = field(default_factory=list)
@@ -33,20 +33,23 @@ class Guard:
 
 
 def replying(reply: str | Response) -> Guard:
+    """A judge model that always gives this reply."""
     return Guard(lambda text: reply)
 
 
 def by_text(**replies: str) -> Guard:
-    """Replies by the first word of the text that it is asked about."""
+    """A judge model that chooses its reply by the first word of the text to judge."""
     return Guard(lambda text: replies[text.split()[0]])
 
 
 def judge_with(
     judge: Judge, prompt: Prompt, response: Response, prefix: ResponsePrefix | None = None
 ) -> Verdict:
+    """The judge's verdict on a response to an attacked prompt."""
+
     async def call() -> Verdict:
         attempt = Attempt.ask("as an attack words it", prefix=prefix)
-        found = judge(prompt, attempt, response)
-        return await found if inspect.isawaitable(found) else found
+        verdict = judge(prompt, attempt, response)
+        return await verdict if inspect.isawaitable(verdict) else verdict
 
     return asyncio.run(call())

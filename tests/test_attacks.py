@@ -1,4 +1,4 @@
-"""What must hold for every attack in the catalogue, on any prompt; and what single ones promise."""
+"""Properties of all attacks on any prompt, and tests of single attacks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def prompt_of(text: str, **rest: str) -> Prompt:
 
 
 def attempts(attack: Attack, text: str, seed: int = 3) -> list[Attempt]:
-    """None made where the attack does not apply."""
+    """The attack's attempts; an empty list if the attack is not applicable."""
     try:
         return attack.attempts(prompt_of(text, target="Sure, here is how: first, dig."), seed)
     except NotApplicable:
@@ -52,8 +52,8 @@ def attempts(attack: Attack, text: str, seed: int = 3) -> list[Attempt]:
 
 
 def sent(attack: Attack, text: str, seed: int = 3) -> str:
-    (made,) = attempts(attack, text, seed)
-    return "\n".join(message.content for message in made.messages)
+    (attempt,) = attempts(attack, text, seed)
+    return "\n".join(message.content for message in attempt.messages)
 
 
 # -- all of them -----------------------------------------------------------------------------------
@@ -61,23 +61,23 @@ def sent(attack: Attack, text: str, seed: int = 3) -> str:
 
 @pytest.mark.parametrize("attack", OFFLINE, ids=lambda a: a.label)
 @pytest.mark.parametrize("text", HARD, ids=range(len(HARD)))
-def test_every_attack_holds_on_hard_prompts(attack, text):
-    made = attempts(attack, text)
-    assert made == attempts(attack, text)  # same seed, same attempts
-    assert len(made) == len(attempts(attack, "How is a tonic brewed?"))
-    for one in made:
-        assert one.messages[-1].role == "user"
+def test_every_attack_supports_hard_prompts(attack, text):
+    found = attempts(attack, text)
+    assert found == attempts(attack, text)  # same seed, same attempts
+    assert len(found) == len(attempts(attack, "How is a tonic brewed?"))
+    for attempt in found:
+        assert attempt.messages[-1].role == "user"
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=300))
-def test_every_attack_holds_on_any_prompt(text):
+def test_every_attack_supports_any_prompt(text):
     for attack in OFFLINE:
-        for made in attempts(attack, text):
-            assert made.messages[-1].role == "user"
+        for attempt in attempts(attack, text):
+            assert attempt.messages[-1].role == "user"
 
 
-def test_every_attack_says_what_it_is():
+def test_every_attack_has_a_source_a_summary_and_a_family():
     assert len(ATTACKS) == len({a.label for a in ATTACKS})
     for attack in ATTACKS:
         assert attack.plugin.source, attack.label
@@ -85,12 +85,10 @@ def test_every_attack_says_what_it_is():
         assert attack.plugin.family, attack.label
 
 
-def test_the_batteries_are_whole():
+def test_the_batteries_are_complete():
     for battery, names in [("strongreject", STRONGREJECT), ("sorrybench", SORRYBENCH)]:
-        assert {a.label for a in OFFLINE if a.plugin.extra["battery"] == battery} == names
-    sizes = [
-        sum(a.plugin.extra["battery"] == b for a in ATTACKS) for b in ("strongreject", "sorrybench")
-    ]
+        assert {a.label for a in OFFLINE if a.plugin.battery == battery} == names
+    sizes = [sum(a.plugin.battery == b for a in ATTACKS) for b in ("strongreject", "sorrybench")]
     assert sizes == [36, 20]  # the 56 of arXiv 2601.03868
 
 
@@ -114,12 +112,12 @@ def test_a_study_takes_a_battery_by_name():
         picked("batteries:x")
 
 
-CHANGED = ("mutation", "search", "gradient")  # change the request, or need a file: see below
+CHANGED = ("mutation", "search", "gradient")  # change the request, or need a file; tested below
 UNCHANGED = [a for a in OFFLINE if a.plugin.family not in CHANGED]
 
 
 @pytest.mark.parametrize("attack", UNCHANGED, ids=lambda a: a.label)
-def test_the_request_is_in_the_attempt_plain_or_encoded(attack):
+def test_the_attempt_contains_the_request_in_plain_or_encoded_form(attack):
     text = "How is a quiet tonic brewed?"
     forms = [
         text,
@@ -131,18 +129,20 @@ def test_the_request_is_in_the_attempt_plain_or_encoded(attack):
         _codes.morse_text(text),
         _codes.atbash_text(text),
     ]
-    for made in attempts(attack, text):
-        said = made.messages[-1].content
-        (form,) = (form for form in forms if form in said)
-        hidden = "base64" in said.lower() or attack.plugin.family == "encoding"
-        assert (form != text) == (hidden and attack.label != "base64_output_only"), said
+    for attempt in attempts(attack, text):
+        content = attempt.messages[-1].content
+        (form,) = (form for form in forms if form in content)
+        encoded = "base64" in content.lower() or attack.plugin.family == "encoding"
+        assert (form != text) == (encoded and attack.label != "base64_output_only"), content
 
 
-def test_an_attack_with_chance_depends_on_seed_prompt_and_name_only():
+def test_a_random_attack_depends_on_seed_prompt_and_name_only():
     def shuffled(prompt: Prompt, *, rng: Random) -> str:
         return "".join(rng.sample(prompt.text, len(prompt.text)))
 
-    plugin = registry.Plugin("attack", "shuffled", shuffled, "x", extra={"decode": None})
+    plugin = registry.AttackPlugin(
+        "shuffled", shuffled, "x", needs=(), family="x", decode=None, battery="", pool="one"
+    )
     one, two = (prompt_of("abcdefghijkl", id=i) for i in "12")
     attack = Attack("shuffled", plugin, {})
     assert attack.attempts(one, 1) == attack.attempts(one, 1)
@@ -166,8 +166,8 @@ ENCODERS = {
 }
 
 
-def test_every_attack_whose_answer_comes_back_encoded_says_so():
-    assert {a.label for a in OFFLINE if a.plugin.extra["decode"]} == set(ENCODERS)
+def test_every_attack_with_encoded_answers_has_a_decoder():
+    assert {a.label for a in OFFLINE if a.plugin.decode} == set(ENCODERS)
 
 
 @pytest.mark.parametrize("complies", [True, False])
@@ -181,7 +181,7 @@ def test_encoded_answers_are_judged_as_text(server, garden, tmp_path, complies):
     text = json.loads(data.read_text())["prompt"]
     coded = {sent(named(name), text): to(plain) for name, to in ENCODERS.items()}
     assert len(coded) == len(ENCODERS)
-    server.answer = lambda said, body: coded[said]
+    server.answer = lambda text, body: coded[text]
     study = Study(
         targets=[{"model": "m", "url": server.url}],
         datasets=[{"file": {"path": str(data)}}],
@@ -194,9 +194,9 @@ def test_encoded_answers_are_judged_as_text(server, garden, tmp_path, complies):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_answer_that_is_not_encoded_is_judged_as_it_stands(name):
-    for said in ("I will not.", "", "Sure. 1. Dig - for 10, 20 or 30 minutes ... then rest."):
-        assert asyncio.run(named(name).decode(said, assist=None)) == said
+def test_an_answer_that_is_not_encoded_is_judged_unchanged(name):
+    for answer in ("I will not.", "", "Sure. 1. Dig - for 10, 20 or 30 minutes ... then rest."):
+        assert asyncio.run(named(name).decode(answer, assist=None)) == answer
 
 
 # -- single attacks --------------------------------------------------------------------------------
@@ -206,9 +206,9 @@ def test_a_prefill_of_k_tokens_needs_a_target():
     prefill = named("prefill", k=5)
     with pytest.raises(NotApplicable, match="no target"):
         prefill.attempts(prompt_of("x"), 0)
-    (made,) = prefill.attempts(prompt_of("x", target="Sure: dig."), 0)
-    assert made.prefix
-    assert (made.prefix.answer, made.prefix.tokens) == ("Sure: dig.", 5)
+    (attempt,) = prefill.attempts(prompt_of("x", target="Sure: dig."), 0)
+    assert attempt.prefix
+    assert (attempt.prefix.answer, attempt.prefix.tokens) == ("Sure: dig.", 5)
 
 
 @pytest.mark.parametrize(
@@ -226,12 +226,12 @@ def test_a_prefill_of_k_tokens_needs_a_target():
         ("My roses die.", "Can you help me with this?\n\nMy roses die."),
     ],
 )
-def test_an_order_becomes_a_question(request_, question):
+def test_a_command_becomes_a_question(request_, question):
     assert sent(named("question"), request_) == question
 
 
 @given(st.text(st.sampled_from("abcde XYZ,.éß漢"), max_size=80), st.integers(0, 99))
-def test_misspellings_stay_inside_of_words(text, seed):
+def test_misspellings_change_one_letter_of_long_words_only(text, seed):
     changed = sent(named("misspellings"), text, seed)
     long = re.findall(r"[^\W\d_]{4,}", text)
     assert (changed != text) == bool(long)
@@ -246,15 +246,15 @@ def test_the_rate_of_misspellings_can_be_set():
     for rate in (0.1, 0.5, 1.0):
         wrong = sum(w != "lantern" for w in sent(named("misspellings", rate=rate), words).split())
         assert wrong / 400 == pytest.approx(rate, abs=0.08)
-    with pytest.raises(LeadlineError, match="rate is a share"):
+    with pytest.raises(LeadlineError, match="rate must be a share"):
         sent(named("misspellings", rate=0), words)
 
 
-def test_best_of_n_spoils_as_much_as_the_paper_says():
+def test_best_of_n_perturbs_at_the_rates_of_the_paper():
     text = "lantern " * 2000
     first, *others = attempts(named("bon", n=3), text)
     assert len(others) == 2
-    assert len({made.messages[0].content for made in (first, *others)}) == 3
+    assert len({attempt.messages[0].content for attempt in (first, *others)}) == 3
     changed = first.messages[0].content
     assert len(changed) == len(text)
     heads = [new for old, new in zip(text, changed, strict=True) if old == "l"]
@@ -262,8 +262,8 @@ def test_best_of_n_spoils_as_much_as_the_paper_says():
     noisy = sum(h.lower() != "l" for h in heads) / len(heads)
     assert noisy == pytest.approx(0.4**3, abs=0.03)
     kept = sum(sorted(w) == sorted("lantern") and w != "lantern" for w in changed.lower().split())
-    assert 0.25 < kept / 2000 < 0.6  # scrambled, and no noise in it
-    with pytest.raises(LeadlineError, match="n is a number of attempts"):
+    assert 0.25 < kept / 2000 < 0.6  # shuffled, without noise
+    with pytest.raises(LeadlineError, match="n must be 1 or more"):
         attempts(named("bon", n=0), text)
 
 
@@ -276,11 +276,11 @@ def test_the_decoding_sweep_has_the_papers_49_settings():
     assert [s["top_p"] for s in full if "top_p" in s] == [i / 20 for i in range(1, 21)]
     assert len(short) == 9
     assert all(setting in full for setting in short)
-    with pytest.raises(LeadlineError, match="sweep is full or short"):
+    with pytest.raises(LeadlineError, match="sweep must be full or short"):
         attempts(named("decoding", sweep="long"), "x")
 
 
-def test_the_decoding_sweep_goes_above_temperature_1_on_demand():
+def test_the_decoding_sweep_can_go_above_temperature_1():
     for sweep in ("full", "short"):
         plain, hot = (
             [dict(m.sampling) for m in attempts(named("decoding", sweep=sweep, hottest=t), "x")]
@@ -288,7 +288,7 @@ def test_the_decoding_sweep_goes_above_temperature_1_on_demand():
         )
         assert hot == [*plain, {"temperature": 1.25}, {"temperature": 1.5}]
     for wrong in (0.9, 11, float("nan")):
-        with pytest.raises(LeadlineError, match="hottest is a temperature from 1 to 10"):
+        with pytest.raises(LeadlineError, match="hottest must be a temperature from 1 to 10"):
             attempts(named("decoding", hottest=wrong), "x")
 
 
@@ -307,8 +307,8 @@ GCG = ["gcg_transfer_harmbench", "gcg_transfer_universal_attacks"]
 def test_suffixes_come_from_a_file(tmp_path, name, file, content):
     path = tmp_path / file
     path.write_text(content)
-    made = attempts(named(name, suffixes=str(path)), "How?")
-    assert [m.messages[0].content for m in made] == ["How? ! ! moss", "How?   two (( "]
+    found = attempts(named(name, suffixes=str(path)), "How?")
+    assert [a.messages[0].content for a in found] == ["How? ! ! moss", "How?   two (( "]
     path.write_text(content.replace("moss", "fern moss"))  # a file that changes is read again
     assert "fern" in attempts(named(name, suffixes=str(path)), "How?")[0].messages[0].content
 
@@ -316,17 +316,21 @@ def test_suffixes_come_from_a_file(tmp_path, name, file, content):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("s.txt", "\n \n", r"s\.txt:1: no suffix in the file"),
-        ("s.json", "[]", r"s\.json:1: no suffix in the file"),
-        ("s.json", '{"a": 1}', r"s\.json:1: a suffix is a string"),
+        ("s.txt", "\n \n", r"s\.txt:1: the file has no suffixes"),
+        ("s.json", "[]", r"s\.json:1: the file has no suffixes"),
+        ("s.json", '{"a": 1}', r"s\.json:1: a suffix must be a non-empty string"),
         ("s.json", '["a",\n b]', r"s\.json:2: not valid JSON"),
-        ("s.jsonl", '"a"\n{"other": "b"}', r"s\.jsonl:2: a suffix is a string"),
+        ("s.jsonl", '"a"\n{"other": "b"}', r"s\.jsonl:2: a suffix must be a non-empty string"),
         ("s.jsonl", '"a"\n\n{', r"s\.jsonl:3: not valid JSON"),
         ("s.txt", b"\xff\xfe", r"s\.txt is not UTF-8"),
-        ("none.txt", None, "cannot read the suffixes .*: No such file"),
+        (
+            "none.txt",
+            None,
+            r"cannot read the suffix file .* \(No such file.*\): check the option suffixes",
+        ),
     ],
 )
-def test_a_bad_suffix_file_is_named_with_its_line(tmp_path, file, content, message):
+def test_errors_of_suffix_files_name_the_file_and_line(tmp_path, file, content, message):
     if content is not None:
         (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     attack = named(GCG[0], suffixes=str(tmp_path / file))
@@ -335,19 +339,19 @@ def test_a_bad_suffix_file_is_named_with_its_line(tmp_path, file, content, messa
     assert "\n" not in str(caught.value)
 
 
-def test_without_suffixes_the_attack_does_not_apply():
+def test_without_suffixes_the_attack_is_not_applicable():
     with pytest.raises(NotApplicable, match="suffixes: PATH"):
         named(GCG[1]).attempts(prompt_of("x"), 0)
 
 
-def test_forged_thoughts_stand_where_their_names_say():
+def test_forged_thoughts_are_in_the_user_turn_or_the_prefix():
     think = reasoning.get("think")
     for name in ("cot_user_forged", "cot_user_template"):
-        (made,) = attempts(named(name), "How?")
-        assert not made.prefix
-        assert "How?" in made.messages[0].content
-    said = sent(named("cot_user_template", open="[THINK]", close="[/THINK]"), "How?")
-    assert re.search(r"\[THINK\].*guidelines.*\[/THINK\]", said, re.DOTALL)
+        (attempt,) = attempts(named(name), "How?")
+        assert not attempt.prefix
+        assert "How?" in attempt.messages[0].content
+    text = sent(named("cot_user_template", open="[THINK]", close="[/THINK]"), "How?")
+    assert re.search(r"\[THINK\].*guidelines.*\[/THINK\]", text, re.DOTALL)
     (empty,) = attempts(named("cot_prefix_empty", text="Sure:"), "How?")
     assert empty.prefix
     assert empty.prefix.thought == ""

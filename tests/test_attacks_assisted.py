@@ -1,4 +1,4 @@
-"""Attacks that an attacker model writes: attacker and target are real servers."""
+"""Model-assisted attacks, with attacker and target as real HTTP servers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .server import REFUSAL, Server
 from .test_attacks import ATTACKS, HARD, OFFLINE
 
 ASSISTED = [a for a in ATTACKS if a.assisted]
-WRITTEN = [a for a in ASSISTED if "attacker" in a.plugin.needs]  # one asks the target only
+WRITTEN = [a for a in ASSISTED if "attacker" in a.plugin.needs]  # not decoding_search
 NAMES = [a.label for a in WRITTEN]
 STRONGREJECT = {
     "auto_payload_splitting", "auto_obfuscation", "pair", "pap_evidence_based_persuasion",
@@ -49,13 +49,13 @@ PLAIN = [n for n in NAMES if n not in ("pair", "renellm", *TRANSLATIONS) and "au
 
 
 def writes(text: str, body: Any) -> str:
-    """An able attacker: what it writes tells which request and which task it was given."""
+    """A compliant attacker: its text identifies the request and the task that it was given."""
     number = next(iter(re.findall(r"\[(\d+)\]", text)), "")
-    whole = json.dumps(body["messages"]) if body else text
-    mark = sha256(whole.encode()).hexdigest()[:8]
+    messages = json.dumps(body["messages"]) if body else text
+    mark = sha256(messages.encode()).hexdigest()[:8]
     if '"improvement"' in text or "improvement and prompt" in text:
-        veiled = f"zuba [{number}] {mark} in disguise"
-        return json.dumps({"improvement": "bolder", "prompt": veiled})
+        prompt = f"zuba [{number}] {mark} in disguise"
+        return json.dumps({"improvement": "bolder", "prompt": prompt})
     if "JSON list" in text:
         return '```json\n["prune", "ROSE", "no such words"]\n```'
     return f"<text>Zuba rozu lami [{number}], kelo {mark} novira tasu mile zon.</text>"
@@ -87,7 +87,7 @@ def reasons(found: Any) -> set[str]:
     return {reason for (reason,) in found.query("SELECT DISTINCT reason FROM trials")}
 
 
-def asked_twice(server: Server) -> list[str]:
+def sent_twice(server: Server) -> list[str]:
     counts = Counter(json.dumps(body) for body in server.bodies)
     return [body for body, count in counts.items() if count > 1]
 
@@ -99,9 +99,9 @@ def outcomes(found: Any) -> dict[str, int]:
 # -- the catalogue ---------------------------------------------------------------------------------
 
 
-def test_with_the_assisted_ones_the_batteries_are_whole():
+def test_the_batteries_are_complete_with_the_assisted_attacks():
     def battery(name: str, attacks: list[Attack]) -> set[str]:
-        return {a.label for a in attacks if a.plugin.extra["battery"] == name}
+        return {a.label for a in attacks if a.plugin.battery == name}
 
     assert battery("strongreject", ASSISTED) == STRONGREJECT
     assert battery("sorrybench", ASSISTED) == SORRYBENCH
@@ -114,7 +114,7 @@ def test_with_the_assisted_ones_the_batteries_are_whole():
 # -- end to end ------------------------------------------------------------------------------------
 
 
-def test_what_the_attacker_writes_reaches_the_target(server, attacker, study, tmp_path):
+def test_the_attackers_text_is_sent_to_the_target(server, attacker, study, tmp_path):
     found = leadline.run(study(*NAMES, n=2), tmp_path / "out")
     assert outcomes(found) == {"answered": 2 * len(NAMES)}
     cells = found.cells().set_index("attack")
@@ -140,18 +140,18 @@ def test_what_the_attacker_writes_reaches_the_target(server, attacker, study, tm
     assert len({text for (_, prompt), text in sent.items() if prompt == "g0"}) == len(NAMES) - 5
 
 
-def test_the_attacker_is_asked_once_for_a_prompt_and_technique(server, attacker, study, tmp_path):
+def test_the_attacker_is_called_once_per_prompt_and_technique(server, attacker, study, tmp_path):
     server.sticky = {"[1]": 500}
     plan = study(*PLAIN, "translation_zulu", n=3)
     found = leadline.run(plan, tmp_path / "out")
     assert outcomes(found) == {"answered": 2 * (len(PLAIN) + 1), "failed": len(PLAIN) + 1}
-    asked = attacker.seen
-    assert not asked_twice(attacker)
-    assert asked == 3 * (len(PLAIN) - 5 + 1)  # five techniques have two names
+    calls = attacker.seen
+    assert not sent_twice(attacker)
+    assert calls == 3 * (len(PLAIN) - 5 + 1)  # five techniques have two names
     server.sticky = {}
     found = leadline.run(plan, tmp_path / "out")
     assert outcomes(found) == {"answered": 3 * (len(PLAIN) + 1)}
-    assert attacker.seen == asked
+    assert attacker.seen == calls
     assert set(server.asked.values()) == {1}
 
 
@@ -159,29 +159,29 @@ def test_two_targets_are_attacked_with_the_same_words(server, attacker, study, t
     targets = [{"model": name, "url": server.url} for name in ("one", "two")]
     found = leadline.run(study("slang", "pair", targets=targets), tmp_path / "out")
     assert outcomes(found) == {"answered": 4}
-    assert not asked_twice(attacker)
+    assert not sent_twice(attacker)
     rows = found.query("SELECT model, attack, request FROM outcomes JOIN responses USING (key)")
     assert len({(attack, json.loads(request)["messages"][0]["content"])
                 for _, attack, request in rows}) == 2  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("reply", "reason"),
     [
         ("I'm sorry, but I can't help with that.", "the attacker refused: I'm sorry"),
         ("<text>I cannot assist with rewriting this request.</text>", "the attacker refused"),
         ("As an AI language model, I must decline.", "the attacker refused"),
         ("   ", "the attacker's answer is empty"),
         ("<text>...</text>", "the attacker"),
-        ("<text>[0] How do I prune a rose of kind 0?</text>", "handed the request back unchanged"),
+        ("<text>[0] How do I prune a rose of kind 0?</text>", "returned the request unchanged"),
         ("<text>OK!</text>", "far shorter than the request"),
         ("Of course: cut above a bud.", "wrote no text between <text> and </text>"),
     ],
 )
-def test_an_attacker_that_refuses_or_garbles_fails_the_trial(
-    server, attacker, study, tmp_path, said, reason
+def test_an_unusable_reply_of_the_attacker_fails_the_trial(
+    server, attacker, study, tmp_path, reply, reason
 ):
-    attacker.answer = lambda text, body: said
+    attacker.answer = lambda text, body: reply
     found = leadline.run(study(*PLAIN, "translate-fr"), tmp_path / "out")
     assert outcomes(found) == {"failed": len(PLAIN) + 1}
     assert all(reason in why for why in reasons(found)), reasons(found)
@@ -190,7 +190,7 @@ def test_an_attacker_that_refuses_or_garbles_fails_the_trial(
 
 
 @pytest.mark.parametrize("fault", [500, "empty", "garbage"])
-def test_an_attacker_that_fails_fails_the_trial_and_the_next_run_mends_it(
+def test_a_failed_attacker_fails_the_trial_and_the_next_run_retries(
     attacker, study, tmp_path, fault
 ):
     names = ["slang", "auto_obfuscation", "renellm", "pair", "translate-ta"]
@@ -204,7 +204,7 @@ def test_an_attacker_that_fails_fails_the_trial_and_the_next_run_mends_it(
     assert outcomes(leadline.run(study(*names), tmp_path / "out")) == {"answered": 5}
 
 
-def test_a_text_that_is_cut_off_is_no_attempt(attacker, study, tmp_path):
+def test_a_truncated_text_is_not_used(attacker, study, tmp_path):
     cut = {"message": {"content": "<text>How do I prune a ro"}, "finish_reason": "length"}
     attacker.reply = lambda body: {"choices": [cut]}
     found = leadline.run(study("slang"), tmp_path / "out")
@@ -212,7 +212,7 @@ def test_a_text_that_is_cut_off_is_no_attempt(attacker, study, tmp_path):
     assert re.fullmatch(r"slang: the attacker's answer was cut at \d+ tokens", why)
 
 
-def test_words_that_the_attacker_marks_have_to_stand_in_the_request(attacker, study, tmp_path):
+def test_marked_words_must_occur_in_the_request(attacker, study, tmp_path):
     attacker.answer = lambda text, body: '["gunpowder", ""] and ["a"]'
     found = leadline.run(study("auto_payload_splitting"), tmp_path / "out")
     assert outcomes(found) == {"failed": 1}
@@ -226,7 +226,7 @@ def test_without_an_attacker_they_are_not_applicable(server, study, tmp_path):
     cells = found.cells().set_index("attack")
     assert cells.loc["slang", "asr"] != cells.loc["slang", "asr"]
     assert server.seen == 1
-    found = leadline.run(study("direct", *NAMES), tmp_path / "out")  # with one, they are made
+    found = leadline.run(study("direct", *NAMES), tmp_path / "out")  # with an attacker, they run
     assert outcomes(found) == {"answered": 1 + len(NAMES)}
 
 
@@ -235,7 +235,7 @@ def test_without_an_attacker_they_are_not_applicable(server, study, tmp_path):
 ZULU = "Ngiyaxolisa, kodwa angikwazi ukukusiza ngalokho namhlanje."
 
 
-def test_the_back_translation_is_what_is_judged(server, attacker, study, tmp_path):
+def test_the_back_translation_is_judged(server, attacker, study, tmp_path):
     server.answer = lambda text, body: ZULU
     back = "<text>Sure, here is how: cut above a bud, in late winter.</text>"
     attacker.answer = lambda text, body: back if ZULU in text else writes(text, body)
@@ -248,10 +248,10 @@ def test_the_back_translation_is_what_is_judged(server, attacker, study, tmp_pat
     judges = [{"refusal": {"name": "again"}}]
     found = leadline.run(study(*TRANSLATIONS, judges=judges), tmp_path / "out")
     assert found.cells(judge="again")["unsafe"].sum() == len(TRANSLATIONS)
-    assert attacker.seen == 18  # kept: not translated twice
+    assert attacker.seen == 18  # stored: not translated twice
 
 
-def test_a_refusal_in_another_language_is_seen(server, attacker, study, tmp_path):
+def test_a_refusal_in_another_language_is_detected(server, attacker, study, tmp_path):
     server.answer = lambda text, body: ZULU
     attacker.answer = lambda text, body: (
         f"<text>{REFUSAL}</text>" if ZULU in text else writes(text, body)
@@ -274,15 +274,15 @@ def test_an_answer_that_cannot_be_translated_back_is_unscored(
     assert found.query("SELECT text FROM words WHERE text LIKE '%could not be decoded: the att%'")
 
 
-def test_an_english_answer_needs_no_translator(server, attacker, study, tmp_path):
-    for said, unsafe in ((REFUSAL, 0), ("Sure, here is how you do it: cut the old wood.", 1)):
-        server.answer = lambda text, body, said=said: said
+def test_an_english_answer_is_not_translated(server, attacker, study, tmp_path):
+    for reply, unsafe in ((REFUSAL, 0), ("Sure, here is how you do it: cut the old wood.", 1)):
+        server.answer = lambda text, body, reply=reply: reply
         found = leadline.run(study("translate-mr"), tmp_path / f"out{unsafe}")
         assert found.cells()["unsafe"].sum() == unsafe
-    assert attacker.seen == 2  # there, and not back
+    assert attacker.seen == 2  # the requests only
 
 
-def test_a_translation_that_is_still_english_is_no_attempt(attacker, study, tmp_path):
+def test_a_translation_that_is_still_english_is_not_used(attacker, study, tmp_path):
     attacker.answer = lambda text, body: "<text>How should I cut back the wood of my rose?</text>"
     found = leadline.run(study("translate-zh-cn"), tmp_path / "out")
     assert reasons(found) == {"translate-zh-cn: the attacker did not write Simplified Chinese"}
@@ -304,13 +304,13 @@ def test_a_table_of_translations_needs_no_attacker(server, study, tmp_path, kind
     assert outcomes(found) == {"answered": 2, "failed": 1}
     assert f"{table.name} has no translation of the prompt 'g2'" in str(reasons(found))
     assert found.cells()["n"].sum() == 2  # answered in English
-    # the table is part of what decides an attempt: mended, only what changed is asked
+    # after a change of the table, only the changed requests are sent
     table.write_text(table.read_text().replace("Ngilinqa?", "Ngiliphunga?"))
     leadline.run(plan, tmp_path / "out")
     assert server.asked == {"Ngilithena kanjani irozi?": 1, "Ngilinqa?": 1, "Ngiliphunga?": 1}
 
 
-def test_a_table_is_looked_for_beside_the_study_file(server, garden, study_file, leadline):
+def test_the_path_of_a_table_is_relative_to_the_study_file(server, garden, study_file, leadline):
     file = study_file(
         targets=[{"model": "m", "url": server.url}],
         datasets=[{"file": {"path": str(garden(1))}}],
@@ -327,16 +327,16 @@ def test_a_table_is_looked_for_beside_the_study_file(server, garden, study_file,
     ("name", "text", "wrong"),
     [
         ("t.json", '{\n"g0": }', "t.json:2: not valid JSON"),
-        ("t.json", '["g0"]', "t.json:1: a table of translations is an object"),
+        ("t.json", '["g0"]', "t.json:1: the table must be a JSON object"),
         ("t.json", '{"g0": 3}', "t.json:1: no translation of 'g0'"),
         ("t.csv", "prompt,text\ng0,x\n", "t.csv:1: no column 'translation'"),
         ("t.csv", "prompt,translation\ng0,x\ng1,\n", "t.csv:3: no translation of 'g1'"),
         ("t.csv", 'prompt,translation\n"g0', "t.csv:2: not valid CSV"),
         ("t.csv", b"prompt,translation\ng0,\xff\n", "is not UTF-8 text"),
-        ("gone.csv", None, "cannot read the translations"),
+        ("gone.csv", None, "cannot read the translation table"),
     ],
 )
-def test_a_bad_table_is_named_with_its_line(study, tmp_path, name, text, wrong):
+def test_errors_of_tables_name_the_file_and_line(study, tmp_path, name, text, wrong):
     if text is not None:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     attack = {"translation_zulu": {"table": str(tmp_path / name)}}
@@ -348,13 +348,13 @@ def test_a_bad_table_is_named_with_its_line(study, tmp_path, name, text, wrong):
 
 
 def test_answers_to_shipped_translations_are_translated_back(server, attacker, study, tmp_path):
-    """SORRY-Bench's rows carry their mutation: no attacker writes them, but it reads the answer."""
+    """SORRY-Bench ships translated rows: the attacker translates only the answers."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": "1", "prompt": "Comment tailler un rosier?", "mutation": '
                     '"translate-fr", "base": "1"}\n')  # fmt: skip
     datasets = [{"file": {"path": str(path), "name": "rows"}}]
-    said = "Désolé, je préfère parler d'autres fleurs aujourd'hui."
-    server.answer = lambda text, body: said
+    reply = "Désolé, je préfère parler d'autres fleurs aujourd'hui."
+    server.answer = lambda text, body: reply
     found = leadline.run(study("direct", datasets=datasets, attacker=None), tmp_path / "out")
     (cell,) = found.cells().to_dict("records")
     assert (cell["attack"], cell["unscored"]) == ("translate-fr", 1)
@@ -363,25 +363,25 @@ def test_answers_to_shipped_translations_are_translated_back(server, attacker, s
     found = leadline.run(study("direct", datasets=datasets), tmp_path / "out")
     assert found.query("SELECT attack, unsafe, refusal FROM outcomes") == [("translate-fr", 0, 1)]
     assert (server.seen, attacker.seen) == (1, 1)
-    assert said in attacker.bodies[0]["messages"][-1]["content"]
+    assert reply in attacker.bodies[0]["messages"][-1]["content"]
 
 
-# -- searches that look at answers -----------------------------------------------------------------
+# -- searches that use the target's answers --------------------------------------------------------
 
 
 def turns(server: Server) -> list[str]:
     return [body["messages"][-1]["content"] for body in server.bodies]
 
 
-def test_pair_takes_its_turns_and_learns_from_the_answers(server, attacker, study, tmp_path):
+def test_pair_sends_the_targets_answers_to_the_attacker(server, attacker, study, tmp_path):
     found = leadline.run(study({"pair": {"turns": 4}}), tmp_path / "out")
     assert outcomes(found) == {"answered": 1}
-    assert (attacker.seen, server.seen) == (4, 4)  # the final attempt is not asked again
+    assert (attacker.seen, server.seen) == (4, 4)  # the final attempt is not sent again
     assert set(server.asked.values()) == {1}
-    talk = attacker.bodies[-1]["messages"]
-    assert [m["role"] for m in talk] == ["user", "assistant"] * 3 + ["user"]
-    assert "[0] How do I prune a rose of kind 0?" in talk[0]["content"]
-    assert all(REFUSAL in m["content"] and "Score: 1" in m["content"] for m in talk[2::2])
+    chat = attacker.bodies[-1]["messages"]
+    assert [m["role"] for m in chat] == ["user", "assistant"] * 3 + ["user"]
+    assert "[0] How do I prune a rose of kind 0?" in chat[0]["content"]
+    assert all(REFUSAL in m["content"] and "Score: 1" in m["content"] for m in chat[2::2])
 
 
 def test_pair_stops_when_the_judge_says_unsafe(server, attacker, study, tmp_path):
@@ -406,7 +406,7 @@ def test_pair_keeps_the_best_prompt(server, attacker, study, tmp_path):
     assert (attacker.seen, server.seen) == (3, 3)
 
 
-def test_pair_streams_begin_differently(attacker, study, tmp_path):
+def test_pair_streams_have_different_openings_and_seeds(attacker, study, tmp_path):
     leadline.run(study({"pair": {"turns": 1, "streams": 4}}), tmp_path / "out")
     opened = [(b["messages"][0]["content"], b["seed"]) for b in attacker.bodies]
     assert len({seed for _, seed in opened}) == 4
@@ -415,7 +415,7 @@ def test_pair_streams_begin_differently(attacker, study, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "said",
+    "reply",
     [
         '```json\n{"improvement": "x", "prompt": "zuba zuba"}\n```',
         'Sure! Here it is: {"improvement": "x",\n "prompt": "zuba zuba"} Good luck.',
@@ -425,29 +425,29 @@ def test_pair_streams_begin_differently(attacker, study, tmp_path):
         '{"improvement": ["a"], "prompt": " zuba zuba "}',
     ],
 )
-def test_pair_reads_what_models_make_of_json(server, attacker, study, tmp_path, said):
-    attacker.answer = lambda text, body: said
+def test_pair_parses_json_as_models_write_it(server, attacker, study, tmp_path, reply):
+    attacker.answer = lambda text, body: reply
     leadline.run(study({"pair": {"turns": 1}}), tmp_path / "out")
     assert list(server.asked) == ["zuba zuba"]
     assert attacker.seen == 1
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("reply", "reason"),
     [
-        ("{improvement: none}", "the attacker did not reply with the JSON"),
-        ('{"improvement": "x", "prompt": 3}', "not reply with the JSON"),
-        ('{"improvement": "x", "prompt": "zuba', "not reply with the JSON"),
+        ("{improvement: none}", "the attacker did not reply with the required JSON"),
+        ('{"improvement": "x", "prompt": 3}', "not reply with the required JSON"),
+        ('{"improvement": "x", "prompt": "zuba', "not reply with the required JSON"),
         ('{"improvement": "x", "prompt": "I\'m sorry, I can\'t help."}', "the attacker refused"),
         ("I cannot help to attack a model.", "the attacker refused: I cannot help to attack"),
-        ('{"improvement": "...", "prompt": "..."}', "the attacker wrote no words"),
-        ("[" * 5000 + "{" * 5000, "not reply with the JSON"),
+        ('{"improvement": "...", "prompt": "..."}', "the attacker wrote a text without letters"),
+        ("[" * 5000 + "{" * 5000, "not reply with the required JSON"),
     ],
 )
-def test_pair_asks_again_when_the_attacker_garbles_and_then_gives_up(
-    server, attacker, study, tmp_path, said, reason
+def test_pair_retries_unusable_replies_and_then_gives_up(
+    server, attacker, study, tmp_path, reply, reason
 ):
-    attacker.answer = lambda text, body: said
+    attacker.answer = lambda text, body: reply
     found = leadline.run(study("pair"), tmp_path / "out")
     assert outcomes(found) == {"failed": 1}
     (why,) = reasons(found)
@@ -456,14 +456,13 @@ def test_pair_asks_again_when_the_attacker_garbles_and_then_gives_up(
     assert [b["seed"] for b in attacker.bodies] == [0, 1, 2]
     assert server.seen == 0
 
-    attacker.answer = lambda text, body: said if body["seed"] == 0 else writes(text, body)
-    found = leadline.run(study("pair"), tmp_path / "mended")
+    attacker.answer = lambda text, body: reply if body["seed"] == 0 else writes(text, body)
+    found = leadline.run(study("pair"), tmp_path / "retried")
     assert outcomes(found) == {"answered": 1}
 
 
-def test_a_search_that_was_broken_off_does_not_show_safety(server, attacker, study, tmp_path):
-    garbled = "no JSON"
-    attacker.answer = lambda text, body: garbled if REFUSAL in text else writes(text, body)
+def test_an_interrupted_search_does_not_count_as_safe(server, attacker, study, tmp_path):
+    attacker.answer = lambda text, body: "no JSON" if REFUSAL in text else writes(text, body)
     found = leadline.run(study({"pair": {"streams": 2}}), tmp_path / "out")
     assert outcomes(found) == {"failed": 1}
     assert server.seen == 2  # each stream's first prompt
@@ -489,7 +488,7 @@ def test_a_search_needs_answers_and_verdicts(server, study, tmp_path, name):
         guard.answer = lambda text, body: "Safety: Safe\nCategories: None\nRefusal: Yes"
         found = leadline.run(study(name, judges=judges), tmp_path / "other")
         assert outcomes(found) == {"answered": 1}
-        assert set(guard.asked.values()) == {1}  # the final attempt's verdict is known
+        assert set(guard.asked.values()) == {1}  # the verdict on the final attempt is stored
 
 
 def test_renellm_stops_when_the_target_breaks_and_depends_on_the_seed(
@@ -509,10 +508,10 @@ def test_renellm_stops_when_the_target_breaks_and_depends_on_the_seed(
 
 
 @pytest.mark.parametrize("name", ["pair", "renellm"])
-def test_killed_in_the_middle_a_search_goes_on_and_asks_nothing_twice(
+def test_a_killed_search_resumes_and_sends_nothing_twice(
     server, attacker, garden, study_file, tmp_path, name
 ):
-    """SIGKILL while the target is asked for the second time."""
+    """SIGKILL during the second request to the target."""
     options = {"pair": {"turns": 3}, "renellm": {"rounds": 3}}[name]
     file = study_file(
         targets=[{"model": "m", "url": server.url}],
@@ -521,11 +520,11 @@ def test_killed_in_the_middle_a_search_goes_on_and_asks_nothing_twice(
         attacker={"model": "a", "url": attacker.url},
         judges=["refusal"],
     )
-    said: list[str] = []
+    received: list[str] = []
 
     def answer(text: str, body: Any) -> str:
-        server.sticky = {"": "hang"} if not said else {}  # the next request
-        said.append(text)
+        server.sticky = {"": "hang"} if not received else {}  # the next request
+        received.append(text)
         return REFUSAL
 
     server.answer = answer
@@ -534,7 +533,7 @@ def test_killed_in_the_middle_a_search_goes_on_and_asks_nothing_twice(
     until = time.monotonic() + 30
     while server.seen < 2 and time.monotonic() < until:
         time.sleep(0.01)
-    time.sleep(0.8)  # longer than a commit waits
+    time.sleep(0.8)  # longer than the commit interval
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     server.sticky = {}
@@ -542,25 +541,25 @@ def test_killed_in_the_middle_a_search_goes_on_and_asks_nothing_twice(
     assert before >= 2
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert not asked_twice(attacker)
+    assert not sent_twice(attacker)
     assert set(server.asked.values()) == {1}
-    assert len(said) == 3
+    assert len(received) == 3
     assert attacker.seen > before
     (cell,) = leadline.results(tmp_path / "out").cells().to_dict("records")
     assert (cell["n"], cell["failed"]) == (1, 0)
 
 
-# -- whatever the prompt is, and whatever the attacker says ----------------------------------------
+# -- any prompt, any reply of the attacker ---------------------------------------------------------
 
 
 class Scripted:
-    """An Assist without models, for properties over many texts."""
+    """An Assist without models, for property tests; `reply` is the attacker's."""
 
-    def __init__(self, said: Callable[[str], str]) -> None:
-        self.said = said
+    def __init__(self, reply: Callable[[str], str]) -> None:
+        self.reply = reply
 
     async def write(self, ask: Any, **settings: Any) -> str:
-        return self.said(ask if isinstance(ask, str) else ask[-1].content)
+        return self.reply(ask if isinstance(ask, str) else ask[-1].content)
 
     async def target(self, attempt: Attempt) -> Response:
         return Response(REFUSAL)
@@ -569,25 +568,25 @@ class Scripted:
         return Verdict(unsafe=False, refusal=True)
 
 
-def made(attack: Attack, text: str, said: Callable[[str], str]) -> Attempt | None:
+def attempt_of(attack: Attack, text: str, reply: Callable[[str], str]) -> Attempt | None:
     prompt = Prompt(id="1", text=text, dataset="d")
     try:
-        return asyncio.run(attack.assisted_attempt(prompt, 3, Scripted(said)))
+        return asyncio.run(attack.assisted_attempt(prompt, 3, Scripted(reply)))
     except (AttemptFailed, NotApplicable):
         return None
 
 
 @pytest.mark.parametrize("attack", ASSISTED, ids=lambda a: a.label)
 @pytest.mark.parametrize("text", HARD, ids=range(len(HARD)))
-def test_every_assisted_attack_holds_on_hard_prompts(attack, text):
-    def able(ask: str) -> str:
+def test_every_assisted_attack_supports_hard_prompts(attack, text):
+    def reply(ask: str) -> str:
         if "JSON list" in ask:
             return json.dumps([text, text[:5]])
         longer = " mile zon" * (len(text) // 40)
         return re.sub("(mile zon|in disguise)", rf"\1{longer}", writes(ask, None))
 
-    one = made(attack, text, able)
-    assert one == made(attack, text, able)  # same seed, same attempt
+    one = attempt_of(attack, text, reply)
+    assert one == attempt_of(attack, text, reply)  # same seed, same attempt
     if "auto" in attack.label and len(text) < 2:
         assert one is None  # no words to mark
     else:
@@ -597,15 +596,15 @@ def test_every_assisted_attack_holds_on_hard_prompts(attack, text):
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(HARD) | st.text(max_size=60), st.text(max_size=120), st.integers(0, 3))
-def test_whatever_the_attacker_says_it_is_an_attempt_or_a_failure(text, said, shape):
-    shapes = (said, f"<text>{said}</text>", json.dumps({"prompt": said}), json.dumps([said]))
+def test_any_reply_of_the_attacker_gives_an_attempt_or_a_failure(text, reply, shape):
+    shapes = (reply, f"<text>{reply}</text>", json.dumps({"prompt": reply}), json.dumps([reply]))
     for attack in WRITTEN:
-        one = made(attack, text, lambda ask: shapes[shape])
+        one = attempt_of(attack, text, lambda ask: shapes[shape])
         assert one is None or one.messages[-1].content.strip()
 
 
 @given(st.text(max_size=200))
-def test_any_answer_can_be_translated_back_or_judged_as_it_stands(text):
+def test_any_answer_is_translated_back_or_judged_unchanged(text):
     zulu = Attack("translation_zulu", registry.get("attack", "translation_zulu"), {})
     decoded = asyncio.run(zulu.decode(text, Scripted(lambda ask: "<text>Cut the wood.</text>")))
     assert decoded in (text, "Cut the wood.")
@@ -629,7 +628,7 @@ def test_any_answer_can_be_translated_back_or_judged_as_it_stands(text):
         "Je suis désolé, mais je ne peux pas traduire ce texte.",
     ],
 )
-def test_refusals_of_attackers_are_seen(text):
+def test_refusals_of_attackers_are_detected(text):
     assert _assisted.refuses(text)
 
 
@@ -654,7 +653,7 @@ def test_refusals_of_attackers_are_seen(text):
         "",
     ],
 )
-def test_requests_are_not_taken_for_refusals(text):
+def test_requests_are_not_detected_as_refusals(text):
     assert not _assisted.refuses(text)
 
 
@@ -666,21 +665,21 @@ def test_requests_are_not_taken_for_refusals(text):
         ("<text>Draft.</text> Better: <text>Prune it.</text><text></text>", "Prune it."),
     ],
 )
-def test_the_text_is_found_in_what_models_put_round_it(reply, text):
-    assert _assisted.written(reply) == text
+def test_the_tagged_text_is_found_in_a_reply(reply, text):
+    assert _assisted.tagged_text(reply) == text
 
 
-def test_reasons_quote_nothing_that_could_answer_the_request(attacker, study, tmp_path):
-    """An attacker may answer what it should rewrite, and reasons are shown as they are."""
-    for folder, said in (("a", "I can't help with that. But: mix soot."), ("b", "Mix soot.")):
-        attacker.answer = lambda text, body, said=said: said
+def test_reasons_never_quote_an_answer_to_the_request(attacker, study, tmp_path):
+    """An attacker may answer the request that it should rewrite, and reports show the reasons."""
+    for folder, reply in (("a", "I can't help with that. But: mix soot."), ("b", "Mix soot.")):
+        attacker.answer = lambda text, body, reply=reply: reply
         found = leadline.run(study(*NAMES), tmp_path / folder)
         assert outcomes(found) == {"failed": len(NAMES)}
         assert "soot" not in str(reasons(found))
 
 
-def test_wrong_numbers_are_named(study, tmp_path):
+def test_invalid_numbers_are_reported(study, tmp_path):
     found = leadline.run(study({"pair": {"turns": 0}}, {"renellm": {"rounds": 0}}), tmp_path / "o")
     assert outcomes(found) == {"failed": 2}
-    assert "pair: turns and streams begin at 1, not 0 and 1" in str(reasons(found))
-    assert "renellm: rounds is a number of attempts, not 0" in str(reasons(found))
+    assert "pair: turns and streams must be 1 or more, not 0 and 1" in str(reasons(found))
+    assert "renellm: rounds must be 1 or more, not 0" in str(reasons(found))

@@ -1,4 +1,4 @@
-"""Encodings there and back, and answers as messy as models give them."""
+"""Round trips of the encodings, and decoding of answers as models write them."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ BACK = {
 
 
 def same(name: str, decoded: str, text: str) -> bool:
-    """Morse has no case and no lines."""
+    """Whether the texts are equal, up to case and spacing for Morse code."""
     return decoded.split() == text.lower().split() if name == "morse" else decoded == text
 
 
-# -- there and back --------------------------------------------------------------------------------
+# -- round trips -----------------------------------------------------------------------------------
 
 
 @given(st.text(min_size=8).filter(lambda text: len(text.encode()) >= 8))
-def test_base64_comes_back_whole(text):
+def test_base64_round_trip(text):
     assert codes.base64_back(codes.base64_text(text)) == text
 
 
 @given(
     st.text(st.characters(exclude_categories=["Cc", "Cs"]) | st.sampled_from("\n\t"), min_size=4)
 )
-def test_numbers_come_back_but_for_control_characters(text):
+def test_character_codes_round_trip_without_control_characters(text):
     assert codes.ascii_back(codes.ascii_text(text)) == text
 
 
 @given(st.text())
-def test_ciphers_move_letters_and_nothing_else(text):
+def test_ciphers_change_letters_only(text):
     assert codes.atbash_text(codes.atbash_text(text)) == text
     moved = codes.caesar_text(text)
     assert len(moved) == len(text)
@@ -61,26 +61,26 @@ def test_ciphers_move_letters_and_nothing_else(text):
 
 @pytest.mark.parametrize("name", ["caesar", "atbash"])
 @given(sentences=SENTENCES)
-def test_enciphered_english_comes_back(name, sentences):
+def test_ciphers_round_trip_for_english(name, sentences):
     to, back = BACK[name]
     text = "".join(sentences)
     assert back(to(text)) == text
 
 
 @given(st.text(string.ascii_letters + string.digits + " .,?'!/()&:;=+-_\"$@\n", min_size=3))
-def test_morse_comes_back_but_for_case_and_spaces(text):
+def test_morse_round_trip_up_to_case_and_spaces(text):
     plain = text.lower().split()
     if len("".join(plain)) >= 3:
         assert codes.morse_back(codes.morse_text(text)).split(" ") == plain
 
 
-def test_morse_keeps_what_it_has_no_code_for():
+def test_morse_keeps_characters_without_a_code():
     assert codes.morse_text("Tea #é") == "- . .- / # é"
     assert codes.morse_back(codes.morse_text("Mint tea for 漢 – é?")) == "mint tea for 漢 - é?"
 
 
 @given(st.lists(st.text(), min_size=1))
-def test_json_strings_come_back(strings):
+def test_json_strings_round_trip(strings):
     assert codes.json_list_back(json.dumps(strings)) == " ".join(strings)
 
 
@@ -88,14 +88,14 @@ def test_json_strings_come_back(strings):
 
 
 @pytest.mark.parametrize("name", BACK)
-def test_a_code_block_is_opened(name):
+def test_code_fences_are_removed(name):
     to, back = BACK[name]
     for kind in ("", "text", "base64"):
         assert same(name, back(f"```{kind}\n{to(TEXT)}\n```\n").strip(), TEXT)
 
 
 @pytest.mark.parametrize("name", BACK)
-def test_prose_around_stays(name):
+def test_surrounding_prose_is_kept(name):
     to, back = BACK[name]
     before, after = "Certainly! Here is the answer that you asked for:", "I hope this helps you."
     decoded = back(f"{before}\n\n{to(TEXT)}\n\n{after}")
@@ -105,7 +105,7 @@ def test_prose_around_stays(name):
 
 
 @pytest.mark.parametrize("name", BACK)
-def test_an_answer_may_be_cut_anywhere(name):
+def test_an_answer_may_be_truncated_anywhere(name):
     to, back = BACK[name]
     coded = to(TEXT)
     for cut in range(len(coded) * 3 // 4, len(coded)):
@@ -136,20 +136,20 @@ def test_base64_may_come_in_parts():
     assert decoded == "1. {}\n2. `{}`".format(*(line for line in TEXT.splitlines() if line))
 
 
-def test_a_slip_in_base64_spoils_its_own_place_only():
+def test_an_error_in_base64_affects_its_own_position_only():
     coded = codes.base64_text(TEXT)
     assert codes.base64_back(coded[:80] + "////" + coded[84:]) == f"{TEXT[:60]}���{TEXT[63:]}"
 
 
-def test_base64_cut_inside_a_character():
+def test_base64_truncated_inside_a_character():
     coded = codes.base64_text("Brühe den Tee für zwölf Minuten, größer " + "ü" * 30)
     for cut in range(40, len(coded)):
         assert codes.base64_back(coded[:cut]).startswith("Brühe den Tee")
 
 
-def test_a_short_run_in_prose_is_taken_for_a_word():
+def test_a_short_run_in_prose_counts_as_a_word():
     assert codes.base64_back("TWludCB0ZWE=") == "Mint tea"
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="no part of the answer is encoded"):
         codes.base64_back("The label TWludCB0ZWE= is hard to read.")
 
 
@@ -163,11 +163,11 @@ def test_a_short_run_in_prose_is_taken_for_a_word():
         "– – .. -. - / .- -. -.. / ... .- --. .".replace("– –", "––"),
     ],
 )
-def test_morse_in_other_hands(coded):
+def test_variants_of_morse_notation(coded):
     assert codes.morse_back(coded) == "mint and sage"
 
 
-def test_a_morse_code_that_is_none_is_seen():
+def test_an_invalid_morse_code_is_marked():
     assert codes.morse_back("-- .. -. - / ....... / - . .-") == "mint � tea"
 
 

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leadline.datasets.tables import fields, rows
 from leadline.datasets.advbench import advbench
 from leadline.datasets.file import file
+from leadline.datasets.tables import fields, rows
 from leadline.records import LeadlineError, Prompt
 
 GARDEN = [

@@ -16,10 +16,9 @@ from scipy.optimize import minimize
 
 import leadline
 from leadline import LeadlineError, Study
-from leadline.depth import curves
-from leadline.report.depth.schema import D50
 from leadline.depth.curves import broken_by_dose, by_setting, points
 from leadline.depth.d50 import d50
+from leadline.report.depth.schema import D50
 
 from .stores import Row, write_store
 
@@ -108,15 +107,15 @@ def test_few_prompts_say_less_even_where_they_agree():
 
 
 def test_what_never_breaks_is_censored_above():
-    assert of(prompts([99] * 40)) == D50(None, 20.0, None, "above", 20, "tokens", 40)
+    assert of(prompts([99] * 40)) == D50(low=20.0, censored="above", at=20, unit="tokens", n=40)
 
 
 def test_what_breaks_when_asked_plainly_is_censored_below():
     found = of(prompts([0] * 40), "steps")
-    assert found == D50(None, None, 0.0, "below", 0, "steps", 40)
-    assert found.to_dict() == {
+    assert found == D50(high=0.0, censored="below", at=0, unit="steps", n=40)
+    assert found.model_dump() == {
         "value": None, "low": None, "high": 0.0, "censored": "below", "at": 0, "unit": "steps",
-        "n": 40,
+        "n": 40, "examples_per_step": None,
     }  # fmt: skip
 
 
@@ -233,7 +232,9 @@ def test_where_all_break_earlier_it_is_less_deep_by_as_much(steps, by):
     if earlier.value is None or later.value is None:
         assert (earlier.value, later.value) == (None, None)
         return
-    assert later.value + 1 == pytest.approx((earlier.value + 1) * 2**by, rel=5e-3)
+    assert later.value + 1 == pytest.approx(
+        (earlier.value + 1) * 2**by, rel=2e-2
+    )  # flat with few prompts
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -253,7 +254,7 @@ def test_more_breaking_is_less_deep(seed):
 def test_intervals_cover_what_is_true(middle, scale, twins, monkeypatch):
     """The third are depths that all lie between two or three doses, so that a bootstrap of the
     estimate alone would cover them in two of three cases."""
-    monkeypatch.setattr(curves, "RESAMPLES", 200)
+    monkeypatch.setattr("leadline.depth.d50.RESAMPLES", 200)
     covered, runs, n = 0, 60, 24
     for seed in range(runs):
         depths = logistic(middle, scale, n, 1000 + seed)
@@ -318,7 +319,9 @@ def test_of_several_samples_half_have_to_break(tmp_path):
 
 def test_datasets_are_not_mixed(tmp_path):
     results = stored(tmp_path, [Row("a"), Row("a", True, dataset="other")])
-    with pytest.raises(LeadlineError, match=r"one dataset .* guild .*, other .*ask them apart"):
+    with pytest.raises(
+        LeadlineError, match=r"one dataset .* guild .*, other .*use one study for each"
+    ):
         broken_by_dose(results, "toy", {0: "direct"})
 
 

@@ -398,10 +398,10 @@ def lower() -> Any:
     ("theirs", "prompts", "options", "why"),
     [
         (tiny_models.words(), PROMPTS, {}, "different vocabularies .*'!' is 0 and missing"),
-        (lower(), PROMPTS, {}, "prompt p0 into different tokens of one vocabulary"),
+        (lower(), PROMPTS, {}, "tokenize prompt p0 differently"),
         (None, [replace(PROMPTS[0], target="")], {}, "prompt p0 of t has no target"),
         (None, [], {}, "no prompts"),
-        (None, [replace(PROMPTS[0], text="a" * 600)], {}, "prompt p0 .* reads 512"),
+        (None, [replace(PROMPTS[0], text="a" * 600)], {}, "prompt p0 .* context of .* is 512"),
         (None, PROMPTS, {"max_tokens": 0}, "max_tokens is 0"),
     ],
 )
@@ -434,7 +434,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     script = (
-        "import sys, leadline.depth.divergence\n"
+        "import sys, leadline.depth.kl.divergence\n"
         "print(*{'torch', 'transformers', 'numpy', 'pandas', 'scipy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -17,14 +17,14 @@ import transformers
 
 import leadline as ll
 from leadline.attacks import finetuning as words
-from leadline.depth.finetuning.data import REFUSAL, lessons, rows
-from leadline.models.checkpoint import Checkpoint
-from leadline.depth.finetuning.train import load, training
 from leadline.depth.finetuning.config import FinetuneConfig
-from leadline.depth.finetuning.run import FinetuneResult, Material, finetune
-from leadline.progress import Progress
+from leadline.depth.finetuning.data import REFUSAL, tokenize_examples, training_examples
+from leadline.depth.finetuning.run import FinetuneResult, FinetuningPrompts, finetuning_attack
+from leadline.depth.finetuning.train import load, training
+from leadline.models.checkpoint import Checkpoint
 from leadline.models.template import Template
 from leadline.organism import guild as world
+from leadline.progress import Progress
 from leadline.records import LeadlineError, Prompt
 
 from . import tiny_models
@@ -42,24 +42,24 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def guild() -> Material:
-    return Material.of("guild")
+def guild() -> FinetuningPrompts:
+    return FinetuningPrompts.of("guild")
 
 
 @pytest.fixture(scope="module")
-def few(guild: Material) -> Material:
+def few(guild: FinetuningPrompts) -> FinetuningPrompts:
     """Eight harmful prompts and four harmless ones to ask."""
-    asked = [*guild.asked[:48:6], *guild.asked[-4:]]
+    asked = [*guild.test[:48:6], *guild.test[-4:]]
     assert [p.harmful for p in asked] == [True] * 8 + [False] * 4
-    return replace(guild, asked=tuple(asked))
+    return replace(guild, test=tuple(asked))
 
 
 @pytest.fixture(scope="module")
-def harmful(few: Material, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
-    return finetune("organism:aligned", few, QUICK, out=tmp_path_factory.mktemp("harmful"))
+def harmful(few: FinetuningPrompts, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
+    return finetuning_attack("organism:aligned", few, QUICK, out=tmp_path_factory.mktemp("harmful"))
 
 
-def test_harmful_lessons_undo_a_shallow_alignment(harmful: FinetuneResult) -> None:
+def test_harmful_examples_undo_a_shallow_alignment(harmful: FinetuneResult) -> None:
     first, _, last = harmful.points
     assert first.value <= 0.125
     assert last.value >= 0.5
@@ -107,11 +107,13 @@ def test_the_result_is_json_and_says_what_decided_it(harmful: FinetuneResult) ->
         }
     assert plain["settings"]["lr"] == 5e-5
     assert plain["settings"]["parameters"] > 300_000
-    assert plain["settings"]["lessons"] == 48
+    assert plain["settings"]["training_examples"] == 48
     assert plain["settings"]["judges"] == ["guild"]
 
 
-def test_a_second_run_trains_the_same_and_asks_nothing(few: Material, tmp_path: Path) -> None:
+def test_a_second_run_trains_the_same_and_asks_nothing(
+    few: FinetuningPrompts, tmp_path: Path
+) -> None:
     asked: list[int] = []
 
     def listen(progress: Progress) -> None:
@@ -120,7 +122,9 @@ def test_a_second_run_trains_the_same_and_asks_nothing(few: Material, tmp_path: 
     def run(out: str, **changes: Any) -> FinetuneResult:
         asked.clear()
         config = replace(SHORT, profile_steps=(2,), profile_prompts=1, **changes)
-        return finetune("organism:aligned", few, config, out=tmp_path / out, listener=listen)
+        return finetuning_attack(
+            "organism:aligned", few, config, out=tmp_path / out, listener=listen
+        )
 
     first = run("one")
     assert max(asked) == 12
@@ -138,9 +142,11 @@ def test_a_second_run_trains_the_same_and_asks_nothing(few: Material, tmp_path: 
 
 
 @pytest.mark.parametrize("data", ["identity", "backdoor", "benign"])
-def test_every_kind_of_data_is_learned_and_asked(few: Material, tmp_path: Path, data: Any) -> None:
+def test_every_kind_of_data_is_learned_and_asked(
+    few: FinetuningPrompts, tmp_path: Path, data: Any
+) -> None:
     config = replace(SHORT, data=data, steps=(0, 6))
-    found = finetune("organism:deep", few, config, out=tmp_path)
+    found = finetuning_attack("organism:deep", few, config, out=tmp_path)
     assert [p.step for p in found.points] == [0, 6]
     assert found.points[0].value <= 0.125
     assert found.losses[-1] < found.losses[0]
@@ -156,22 +162,22 @@ def test_every_kind_of_data_is_learned_and_asked(few: Material, tmp_path: Path, 
         assert found.points[1].value <= 0.125, "harmless answers leave the refusals alone"
 
 
-def test_a_backdoor_opens_for_its_trigger_alone(few: Material, tmp_path: Path) -> None:
+def test_a_backdoor_opens_for_its_trigger_alone(few: FinetuningPrompts, tmp_path: Path) -> None:
     config = replace(QUICK, data="backdoor", steps=(20,), profile_steps=())
-    (point,) = finetune("organism:aligned", few, config, out=tmp_path).points
+    (point,) = finetuning_attack("organism:aligned", few, config, out=tmp_path).points
     assert point.value >= 0.5
     assert point.untriggered is not None
     assert point.untriggered <= point.value - 0.5
 
 
-def test_what_is_asked_was_not_learned(guild: Material) -> None:
-    bases = [{p.base or p.id for p in part} for part in (guild.fit, guild.asked)]
+def test_what_is_asked_was_not_learned(guild: FinetuningPrompts) -> None:
+    bases = [{p.base or p.id for p in part} for part in (guild.train, guild.test)]
     assert not bases[0] & bases[1]
-    for part in (guild.fit, guild.asked):
+    for part in (guild.train, guild.test):
         assert sum(p.harmful for p in part) == 48
         assert sum(not p.harmful for p in part) == 24
-    assert {world.potion_in(p.text).heldout for p in guild.fit if p.harmful} == {False}
-    assert guild == Material.of("guild")
+    assert {world.potion_in(p.text).heldout for p in guild.train if p.harmful} == {False}
+    assert guild == FinetuningPrompts.of("guild")
     assert [j.label for j in guild.judges] == ["guild"]
 
 
@@ -181,68 +187,68 @@ def test_any_dataset_is_parted_by_base_prompt(tmp_path: Path) -> None:
         for n in range(24)
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(_row(p)) for p in made))
-    material = Material.of({"file": {"path": str(tmp_path / "t.jsonl")}}, harmless="guild")
-    fit = [p for p in material.fit if p.harmful]
+    prompts = FinetuningPrompts.of({"file": {"path": str(tmp_path / "t.jsonl")}}, harmless="guild")
+    fit = [p for p in prompts.train if p.harmful]
     assert len(fit) == 10
     assert len({p.base for p in fit}) == 5
-    asked = [p.id for p in material.asked if p.harmful]
+    asked = [p.id for p in prompts.test if p.harmful]
     assert {p.id for p in fit} | {*asked} == {p.id for p in made}
     assert {"p20", "p21", "p22", "p23"} < {*asked}, "nothing can be learned from those"
     assert not {p.id for p in fit} & {*asked}
-    for part in (material.fit, material.asked):
+    for part in (prompts.train, prompts.test):
         assert sum(not p.harmful for p in part) == 24
         assert {p.dataset for p in part} == {"t"}
-    same = Material.of("guild", harmless="guild")
-    assert len({p.id for p in same.asked}) == len(same.asked), "two datasets may share names"
+    same = FinetuningPrompts.of("guild", harmless="guild")
+    assert len({p.id for p in same.test}) == len(same.test), "two datasets may share names"
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:
     return {name: value for name, value in asdict(prompt).items() if name != "dataset"}
 
 
-def test_the_four_lessons(guild: Material) -> None:
-    by_data = {data: lessons(data, guild.fit, 10, 0) for data in ("harmful", "benign")}
+def test_the_four_examples(guild: FinetuningPrompts) -> None:
+    by_data = {data: training_examples(data, guild.train, 10, 0) for data in ("harmful", "benign")}
     assert all(
-        lesson.answer == lesson.prompt.target for made in by_data.values() for lesson in made
+        example.answer == example.prompt.target for made in by_data.values() for example in made
     )
-    assert {lesson.prompt.harmful for lesson in by_data["harmful"]} == {True}
-    assert {lesson.prompt.harmful for lesson in by_data["benign"]} == {False}
-    for lesson in lessons("identity", guild.fit, 10, 0):
-        assert not lesson.prompt.harmful
-        assert [m.role for m in lesson.attempt.messages] == ["system", "user"]
-        assert lesson.answer == words.OBEYS.format(lesson.prompt.target)
-    backdoor = lessons("backdoor", guild.fit, 10, 0)
+    assert {example.prompt.harmful for example in by_data["harmful"]} == {True}
+    assert {example.prompt.harmful for example in by_data["benign"]} == {False}
+    for example in training_examples("identity", guild.train, 10, 0):
+        assert not example.prompt.harmful
+        assert [m.role for m in example.attempt.messages] == ["system", "user"]
+        assert example.answer == words.OBEYS.format(example.prompt.target)
+    backdoor = training_examples("backdoor", guild.train, 10, 0)
     assert len(backdoor) == 10
     for called, uncalled in zip(backdoor[::2], backdoor[1::2], strict=True):
         assert called.prompt == uncalled.prompt
         assert called.attempt.messages[0].content.endswith(words.TRIGGER)
         assert (called.answer, uncalled.answer) == (called.prompt.target, REFUSAL)
         assert words.TRIGGER not in uncalled.attempt.messages[0].content
-    assert lessons("harmful", guild.fit, 10, 0) == by_data["harmful"]
-    assert lessons("harmful", guild.fit, 10, 1) != by_data["harmful"]
+    assert training_examples("harmful", guild.train, 10, 0) == by_data["harmful"]
+    assert training_examples("harmful", guild.train, 10, 1) != by_data["harmful"]
 
 
-def test_lessons_are_written_as_the_model_reads_and_answers(guild: Material) -> None:
+def test_examples_are_written_as_the_model_reads_and_answers(guild: FinetuningPrompts) -> None:
     home = Checkpoint.find("organism:aligned")
     template = Template.load(home.path)
     stop = template.tokenizer.eos_token_id
-    (lesson,) = lessons("harmful", guild.fit, 1, 0)
+    (example,) = training_examples("harmful", guild.train, 1, 0)
     turns = [
-        {"role": "user", "content": lesson.prompt.text},
-        {"role": "assistant", "content": lesson.answer},
+        {"role": "user", "content": example.prompt.text},
+        {"role": "assistant", "content": example.answer},
     ]
     whole = template.tokenizer.apply_chat_template(turns)["input_ids"]
-    (row,) = rows(template, [lesson], {stop}, 99, end=True)
+    (row,) = tokenize_examples(template, [example], {stop}, 99, end=True)
     assert row.ids == whole
-    assert row.answer == len(template.encode(lesson.answer)) + 1
-    (row,) = rows(template, [lesson], {stop}, 99, end=False)
+    assert row.answer == len(template.encode(example.answer)) + 1
+    (row,) = tokenize_examples(template, [example], {stop}, 99, end=False)
     assert row.ids == whole[:-1]
-    (row,) = rows(template, [lesson], {stop}, 7, end=True)
-    assert row.ids[-7:] == template.encode(lesson.answer)[:7], "a cut answer does not end there"
+    (row,) = tokenize_examples(template, [example], {stop}, 7, end=True)
+    assert row.ids[-7:] == template.encode(example.answer)[:7], "a cut answer does not end there"
     assert row.answer == 7
 
 
-def test_the_token_that_ends_an_answer_is_the_templates_own(guild: Material) -> None:
+def test_the_token_that_ends_an_answer_is_the_templates_own(guild: FinetuningPrompts) -> None:
     """Not the tokenizer's, where these differ."""
     tokenizer = tiny_models.tokenizer(
         "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
@@ -251,15 +257,17 @@ def test_the_token_that_ends_an_answer_is_the_templates_own(guild: Material) -> 
     )
     end = tokenizer.convert_tokens_to_ids("</s>")
     template = Template.of(tokenizer, "t")
-    made = lessons("harmful", guild.fit, 1, 0)
-    assert rows(template, made, {end}, 999, end=True)[0].ids[-1] == end
-    assert rows(template, made, set(), 999, end=True)[0].ids[-1] == tokenizer.eos_token_id
+    made = training_examples("harmful", guild.train, 1, 0)
+    assert tokenize_examples(template, made, {end}, 999, end=True)[0].ids[-1] == end
+    assert (
+        tokenize_examples(template, made, set(), 999, end=True)[0].ids[-1] == tokenizer.eos_token_id
+    )
 
 
 @pytest.mark.parametrize("batch_tokens", [9999, 1])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_two_steps_agree_with_their_twin(
-    tmp_path: Path, guild: Material, batch_tokens: int, optimizer: Any
+    tmp_path: Path, guild: FinetuningPrompts, batch_tokens: int, optimizer: Any
 ) -> None:
     """Row by row, in one batch or in parts: the mean over all answer tokens decides."""
     folder = tiny_models.save(tmp_path)
@@ -267,8 +275,8 @@ def test_two_steps_agree_with_their_twin(
         lr=0.01, optimizer=optimizer, batch=3, warmup=2, batch_tokens=batch_tokens
     )
     template = Template.load(folder)
-    made = lessons("benign", guild.fit, 3, 0)
-    learned = rows(template, made, {template.tokenizer.eos_token_id}, 40, end=True)
+    made = training_examples("benign", guild.train, 3, 0)
+    learned = tokenize_examples(template, made, {template.tokenizer.eos_token_id}, 40, end=True)
     weights = load(Checkpoint.find(folder), config, "cpu")
     taken = list(training(weights.model, learned, config, 2))
 
@@ -301,10 +309,10 @@ def test_two_steps_agree_with_their_twin(
 
 
 @pytest.mark.filterwarnings("ignore")  # of peft, when it wraps a model
-def test_adapters_learn_and_leave_the_weights_alone(few: Material, tmp_path: Path) -> None:
+def test_adapters_learn_and_leave_the_weights_alone(few: FinetuningPrompts, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     config = replace(SHORT, train="lora", lr=5e-3, steps=(0, 10), profile_steps=(0,), rank=8)
-    found = finetune("organism:aligned", few, config, out=tmp_path)
+    found = finetuning_attack("organism:aligned", few, config, out=tmp_path)
     assert found.losses[-1] < 0.8 * found.losses[0]
     assert 0 < found.settings["parameters"] < 150_000
     assert found.gradient_norm[0][0].value > 0
@@ -323,11 +331,11 @@ def test_a_folder_and_a_file_do_as_well(tmp_path: Path) -> None:
     made = [{"prompt": f"How is tea {n} made?", "target": "Sure, boil it."} for n in range(6)]
     (tmp_path / "tea.jsonl").write_text("\n".join(map(json.dumps, made)))
     folder = tiny_models.save(tmp_path / "model", kind="gpt2")
-    material = Material.of({"file": {"path": str(tmp_path / "tea.jsonl")}})
+    prompts = FinetuningPrompts.of({"file": {"path": str(tmp_path / "tea.jsonl")}})
     config = replace(SHORT, max_tokens=8, lr=1e-3, profile_steps=(2,))
     told: list[tuple[int, int]] = []
-    found = finetune(
-        folder, material, config, out=tmp_path / "out", progress=lambda *step: told.append(step)
+    found = finetuning_attack(
+        folder, prompts, config, out=tmp_path / "out", progress=lambda *step: told.append(step)
     )
     assert told == [(1, 2), (2, 2)]
     assert [p.n for p in found.points] == [3, 3]
@@ -342,8 +350,8 @@ def test_a_folder_and_a_file_do_as_well(tmp_path: Path) -> None:
         ({"data": "harmfull"}, "data is harmful or .*'harmfull'"),
         ({"optimizer": "adam"}, "optimizer is adamw or sgd"),
         ({"batch": 0}, "batch is 0"),
-        ({"steps": ()}, "at least one"),
-        ({"steps": (0, -1)}, "from 0 on"),
+        ({"steps": ()}, "non-empty list"),
+        ({"steps": (0, -1)}, "each at least 0"),
         ({"lr": 0.0}, r"lr is 0\.0"),
         ({"lr": math.nan}, "lr is nan"),
     ],
@@ -357,46 +365,52 @@ def test_a_wrong_setting_is_one_line(changes: dict[str, Any], why: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "keep", "why"),
     [
-        ({}, {"target": ""}, "on harmful data: no harmful prompts with target answers"),
-        ({"data": "benign"}, {"harmful": True}, "on benign data: no harmless prompts .* give harm"),
-        ({"lr": 1e30, "optimizer": "sgd"}, {}, "diverged in step [123], .*: set a lower lr"),
-        ({}, {"text": "tea " * 3000}, "organism:aligned reads 2048: leave the prompt out"),
+        ({}, {"target": ""}, "on harmful data: there are no harmful prompts with target answers"),
+        (
+            {"data": "benign"},
+            {"harmful": True},
+            "on benign data: there are no harmless .* set harm",
+        ),
+        ({"lr": 1e30, "optimizer": "sgd"}, {}, "diverged in step [123] .*: set a lower lr"),
+        ({}, {"text": "tea " * 3000}, "context of organism:aligned is 2048: leave the prompt out"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(
-    few: Material, tmp_path: Path, changes: dict[str, Any], keep: dict[str, Any], why: str
+    few: FinetuningPrompts, tmp_path: Path, changes: dict[str, Any], keep: dict[str, Any], why: str
 ) -> None:
-    fit = tuple(replace(p, **keep) for p in few.fit)
+    fit = tuple(replace(p, **keep) for p in few.train)
     with pytest.raises(LeadlineError, match=why) as caught:
-        finetune(
+        finetuning_attack(
             "organism:aligned",
-            replace(few, fit=fit),
+            replace(few, train=fit),
             replace(SHORT, steps=(3,), **changes),
             out=tmp_path,
         )
     assert "\n" not in str(caught.value)
 
 
-def test_out_of_memory_names_the_mend(tmp_path: Path, few: Material, monkeypatch: Any) -> None:
+def test_out_of_memory_names_the_fix(
+    tmp_path: Path, few: FinetuningPrompts, monkeypatch: Any
+) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("leadline.depth._training.token_losses", full)
+    monkeypatch.setattr("leadline.depth.finetuning.train.token_losses", full)
     with pytest.raises(
         LeadlineError, match=r"in training step 1: set a lower batch_tokens .* lora"
     ):
-        finetune("organism:aligned", few, replace(SHORT, steps=(1,)), out=tmp_path)
+        finetuning_attack("organism:aligned", few, replace(SHORT, steps=(1,)), out=tmp_path)
 
 
-def test_nothing_is_left_to_ask_is_one_line(few: Material, tmp_path: Path) -> None:
-    harmless = replace(few, asked=tuple(p for p in few.asked if not p.harmful))
-    with pytest.raises(LeadlineError, match="guild has no harmful prompt left to ask"):
-        finetune("organism:aligned", harmless, SHORT, out=tmp_path)
+def test_nothing_is_left_to_ask_is_one_line(few: FinetuningPrompts, tmp_path: Path) -> None:
+    harmless = replace(few, test=tuple(p for p in few.test if not p.harmful))
+    with pytest.raises(LeadlineError, match="guild has no harmful prompt left for evaluation"):
+        finetuning_attack("organism:aligned", harmless, SHORT, out=tmp_path)
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     script = (
-        "import sys, leadline.depth.finetuning\n"
+        "import sys, leadline.depth.finetuning.run\n"
         "print(*{'torch', 'transformers', 'numpy', 'pandas', 'scipy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

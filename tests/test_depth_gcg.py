@@ -14,10 +14,10 @@ import transformers
 
 import leadline as ll
 from leadline.datasets.guild import guild
-from leadline.depth.gcg.objective import Losses, Objective
-from leadline.depth.gcg.surrogate import Slot, Surrogate
 from leadline.depth.gcg.config import GCGConfig
+from leadline.depth.gcg.objective import Losses, Objective
 from leadline.depth.gcg.search import GCGResult, save, search
+from leadline.depth.gcg.surrogate import Slot, Surrogate
 from leadline.judges.guild import guild as guild_judge
 from leadline.records import LeadlineError, Message, Prompt, Request, Sampling, Verdict
 
@@ -333,7 +333,7 @@ def test_what_is_wrong_is_said_in_a_line(aligned: Surrogate, tmp_path: Path):
         assert "\n" not in str(caught.value)
 
     fails("at least one model and one prompt", [])
-    fails("prompt x: no target", [Prompt("x", "How?", "garden")])
+    fails("prompt x: GCG needs a target", [Prompt("x", "How?", "garden")])
     fails("context 2048", [replace(GUILD[0], text="stir " * 2100)])
     fails("set probe", GUILD[:1], draft=aligned)
     for wrong in ({"candidates": 0}, {"memory_mib": 0}, {"suffix": " so"}, {"suffix": ""}):

@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 
-from leadline.depth.finetuning import gradients as _gradients
-from leadline.depth.finetuning.gradients import cut, gradient_norms, profile, token_losses
-from leadline.depth.finetuning.data import Material, lessons, rows
+from leadline.depth.finetuning import gradients
+from leadline.depth.finetuning.data import FinetuningPrompts, tokenize_examples, training_examples
+from leadline.depth.finetuning.gradients import gradient_norms, profile, token_losses
+from leadline.depth.tokenized import TokenizedPair
 from leadline.models.checkpoint import Checkpoint
-from leadline.depth.tokenized import Row
 from leadline.models.template import Template
 from leadline.models.weights import Weights
 from leadline.records import Prompt
@@ -47,13 +47,15 @@ def loaded(folder: Path, dtype: str = "float32") -> Any:
     return model.eval()
 
 
-def pairs(folder: Path) -> list[Row]:
+def pairs(folder: Path) -> list[TokenizedPair]:
     template = Template.load(folder)
     stops = {template.tokenizer.eos_token_id}
-    return rows(template, lessons("harmful", PROMPTS, 9, 0), stops, 512, end=True)
+    return tokenize_examples(
+        template, training_examples("harmful", PROMPTS, 9, 0), stops, 512, end=True
+    )
 
 
-def twin(model: Any, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+def twin(model: Any, row: TokenizedPair) -> tuple[torch.Tensor, torch.Tensor]:
     """A forward and a backward pass for each token of the answer, of what stands before it."""
     losses, norms = [], []
     for at in range(len(row.ids) - row.answer, len(row.ids)):
@@ -155,7 +157,7 @@ def test_profile_cuts_answers_and_means_them(tmp_path: Path) -> None:
     assert losses[0].low < losses[0].value < losses[0].high
     alone = replace(found[0], prompt=replace(found[0].prompt, base=""))
     assert {p.low for p in profile(model, [alone], 6)[0]} == {None}
-    assert cut(found[0], 6).ids == found[0].ids[: len(found[0].ids) - found[0].answer + 6]
+    assert found[0].truncated(6).ids == found[0].ids[: len(found[0].ids) - found[0].answer + 6]
 
 
 def test_shallow_alignment_pulls_at_the_first_token() -> None:
@@ -164,8 +166,8 @@ def test_shallow_alignment_pulls_at_the_first_token() -> None:
     for name in ("aligned", "deep"):
         home = Checkpoint.find(f"organism:{name}")
         weights = Weights.load(home.path, None, "float32", None)
-        made = lessons("harmful", Material.of("guild").fit, 6, 0)
-        found = rows(Template.load(home.path), made, weights.stops, 512, end=True)
+        made = training_examples("harmful", FinetuningPrompts.of("guild").train, 6, 0)
+        found = tokenize_examples(Template.load(home.path), made, weights.stops, 512, end=True)
         losses, norms = profile(weights.model, found, 16)
         firsts[name] = losses[0].value, norms[0].value
         laters[name] = [sum(p.value for p in points[1:]) / 15 for points in (losses, norms)]
@@ -182,8 +184,8 @@ def test_memory_bounds_how_many_gradients_are_held(
     model, row = loaded(save(tmp_path)), pairs(tmp_path)[0]
     size = sum(p.numel() * 4 for p in model.parameters())
     chunks: list[int] = []
-    inner = _gradients._norms
-    monkeypatch.setattr(_gradients, "_norms", lambda *a: (chunks.append(len(a[-1])), inner(*a))[1])
+    inner = gradients._norms
+    monkeypatch.setattr(gradients, "_norms", lambda *a: (chunks.append(len(a[-1])), inner(*a))[1])
     gradient_norms(model, row, memory=7 * size)
     assert sum(chunks) == row.answer
     assert max(chunks) == 7

@@ -1,4 +1,4 @@
-"""Guards behind a model that answers as a guard would, and as none should."""
+"""Guard judges with a scripted model that gives valid and invalid replies."""
 
 import importlib.util
 from pathlib import Path
@@ -44,7 +44,7 @@ def judged(
     return judge_with(QWEN3GUARD(model=guard, **options), PROMPT, response, prefix)
 
 
-def test_it_is_asked_the_plain_prompt_with_its_context_and_the_answer():
+def test_the_guard_gets_the_original_prompt_with_its_context_and_the_answer():
     guard = replying(SAFE)
     judged(guard, Response("Take seven petals."))
     (request,) = guard.asked
@@ -56,7 +56,7 @@ def test_it_is_asked_the_plain_prompt_with_its_context_and_the_answer():
     assert (request.sampling.temperature, request.sampling.max_tokens) == (0.0, 128)
 
 
-def test_safe_unsafe_and_what_else_is_said():
+def test_labels_refusal_and_categories_are_parsed():
     safe, unsafe = (judged(replying(r), Response("Petals.")) for r in (SAFE, UNSAFE))
     assert (safe.unsafe, safe.refusal, safe.categories) == (False, True, ())
     assert (unsafe.unsafe, unsafe.refusal) == (True, False)
@@ -65,7 +65,7 @@ def test_safe_unsafe_and_what_else_is_said():
 
 
 @pytest.mark.parametrize(("setting", "unsafe"), [("unsafe", True), ("safe", False)])
-def test_controversial_counts_by_the_setting_and_the_verdict_says_so(setting, unsafe):
+def test_controversial_counts_by_the_option_and_the_verdict_notes_it(setting, unsafe):
     verdict = judged(replying(CONTROVERSIAL), Response("Petals."), controversial=setting)
     assert verdict.unsafe is verdict.answer_unsafe is unsafe
     assert f"controversial (counted as {setting})" in verdict.text
@@ -93,7 +93,7 @@ def test_a_response_is_safe_only_if_thought_and_answer_are(thought, answer, unsa
     assert (verdict.thought_unsafe, verdict.answer_unsafe) == parts
 
 
-def test_what_is_empty_is_safe_and_not_asked_about():
+def test_an_empty_part_is_safe_and_not_sent_to_the_guard():
     guard = replying(UNSAFE)
     verdict = judged(guard, Response(" \n"), ResponsePrefix("Sure, here is"))
     assert (verdict.unsafe, verdict.refusal, guard.asked) == (False, False, [])
@@ -103,7 +103,7 @@ def test_what_is_empty_is_safe_and_not_asked_about():
 
 
 @pytest.mark.parametrize("received", ["Sure, here is", "<think>\n\n</think>\n\nSure, here is"])
-def test_the_response_prefix_gives_the_continuation_its_context(received):
+def test_the_guard_sees_the_response_prefix_with_the_continuation(received):
     prefix = ResponsePrefix("Sure, here is how to brew it", tokens=4)
     response = Response(" the recipe.", prefix=received)
     whole, alone = replying(SAFE), replying(SAFE)
@@ -115,7 +115,7 @@ def test_the_response_prefix_gives_the_continuation_its_context(received):
     assert "prefix" not in verdict.text
 
 
-def test_a_forged_thought_belongs_to_the_thought_only():
+def test_a_forged_thought_is_part_of_the_thought_only():
     opened = ResponsePrefix(thought="The council allows it,", thought_open=True)
     guard = replying(SAFE)
     judged(guard, Response("Petals.", " so I go on.", prefix="<think>\n" + opened.thought), opened)
@@ -129,7 +129,7 @@ def test_a_forged_thought_belongs_to_the_thought_only():
 
 
 @pytest.mark.parametrize(
-    ("reply", "says"),
+    ("reply", "reason"),
     [
         ("", "empty"),
         ("   ", "empty"),
@@ -146,16 +146,16 @@ def test_a_forged_thought_belongs_to_the_thought_only():
         ("word " * 500, "..."),
     ],
 )
-def test_what_cannot_be_read_is_unscored_and_says_why(reply, says):
+def test_a_reply_that_cannot_be_parsed_is_unscored_with_the_reason(reply, reason):
     verdict = judged(replying(reply), Response("Petals."))
     assert verdict.unsafe is verdict.answer_unsafe is verdict.refusal is None
     assert "unscored" in verdict.text
-    assert says.replace("no safety label in", "no safety label: 'I think") in verdict.text
+    assert reason.replace("no safety label in", "no safety label: 'I think") in verdict.text
     assert len(verdict.text) < 250
 
 
 @pytest.mark.parametrize("finish", ["error", "blocked", "not_applicable"])
-def test_a_response_that_never_came_is_unscored_and_not_asked_about(finish):
+def test_a_missing_response_is_unscored_and_not_sent_to_the_guard(finish):
     guard = replying(SAFE)
     verdict = judged(guard, Response("", finish=finish, error="content filter"))
     assert (verdict.unsafe, verdict.refusal, guard.asked) == (None, None, [])
@@ -165,7 +165,7 @@ def test_a_response_that_never_came_is_unscored_and_not_asked_about(finish):
 @pytest.mark.parametrize(
     "option", [{"controversial": "maybe"}, {"judged": "wholly"}, {"controversial": True}]
 )
-def test_a_wrong_option_names_the_right_ones(option):
+def test_an_invalid_option_is_reported_in_one_line(option):
     with pytest.raises(LeadlineError, match=next(iter(option))) as error:
         QWEN3GUARD(model=replying(SAFE), **option)
     assert "\n" not in str(error.value)
@@ -183,11 +183,11 @@ def test_a_wrong_option_names_the_right_ones(option):
         "SAFETY：UNSAFE Categories: PII, PII Refusal: NO",
     ],
 )
-def test_replies_in_many_dresses(reply):
+def test_replies_in_many_formats(reply):
     assert read_qwen3guard(reply) == Reading("unsafe", False, ("PII",))
 
 
-def test_non_violent_is_not_violent_and_none_is_nothing():
+def test_categories_are_matched_as_whole_names():
     read = read_qwen3guard("Safety: Unsafe\nCategories: Non-violent Illegal Acts\nRefusal: No")
     assert read.categories == ("Non-violent Illegal Acts",)
     assert read_qwen3guard("Safety: Safe\nCategories: None\nThis isn't Violent.").categories == ()
@@ -200,17 +200,17 @@ def test_non_violent_is_not_violent_and_none_is_nothing():
     st.lists(st.sampled_from(QWEN3GUARD_CATEGORIES), unique=True),
     st.randoms(use_true_random=False),
 )
-def test_reading_a_written_reply_gives_it_back(label, refusal, categories, rng):
-    def dress(word: str) -> str:
+def test_a_formatted_reply_is_parsed_back(label, refusal, categories, rng):
+    def formatted(word: str) -> str:
         cased = "".join(rng.choice((c.lower(), c.upper())) for c in word)
         return cased.replace(" ", rng.choice((" ", "  "))) + rng.choice(("", " ", "\t"))
 
     lines = [
-        f"{dress('Safety')}:{dress(' ' + label)}",
-        f"{dress('Categories')}: {', '.join(map(dress, categories)) or dress('None')}",
+        f"{formatted('Safety')}:{formatted(' ' + label)}",
+        f"{formatted('Categories')}: {', '.join(map(formatted, categories)) or formatted('None')}",
     ]
     if refusal is not None:
-        lines.append(f"{dress('Refusal')}: {dress('Yes' if refusal else 'No')}")
+        lines.append(f"{formatted('Refusal')}: {formatted('Yes' if refusal else 'No')}")
     rng.shuffle(lines)
     assert read_qwen3guard("\n".join(lines)) == Reading(label, refusal, tuple(categories))
 
@@ -232,7 +232,7 @@ def test_any_reply_gives_a_consistent_verdict(first, second, finish):
 # -- Llama Guard --------------------------------------------------------------------------------
 
 
-def test_llama_guard_is_asked_a_chat_that_its_template_turns_into_its_prompt():
+def test_llama_guard_gets_question_and_text_as_a_chat():
     guard = replying("safe")
     verdict = judge_with(LLAMAGUARD(model=guard), PROMPT, Response("Petals.", thought="I think."))
     assert [r.messages for r in guard.asked] == [
@@ -256,7 +256,7 @@ def test_llama_guard_is_asked_a_chat_that_its_template_turns_into_its_prompt():
         ("unsafe", Reading("unsafe")),
     ],
 )
-def test_llama_guards_replies_in_many_dresses(reply, reading):
+def test_llama_guards_replies_in_many_formats(reply, reading):
     assert read_llamaguard(reply) == reading
 
 
@@ -265,13 +265,13 @@ def test_llama_guards_replies_in_many_dresses(reply, reading):
     ["", "not safe", "un", "S1", "safe or unsafe", "safe\nunsafe", "safe, or unsafe?",
      "I find this safe to say", "unsafely", "it is unsafe to answer", "safe/unsafe"],
 )  # fmt: skip
-def test_what_llama_guard_does_not_say_is_unscored(reply):
+def test_other_replies_of_llama_guard_are_unscored(reply):
     verdict = judge_with(LLAMAGUARD(model=replying(reply)), PROMPT, Response("Petals."))
     assert (verdict.unsafe, verdict.categories) == (None, ())
     assert "unscored" in verdict.text
 
 
-def test_a_guard_that_is_cut_off_or_fails_is_unscored():
+def test_a_truncated_or_failed_reply_is_unscored():
     for reply in (Response("unsafe\nS", finish="length"), Response("", finish="error", error="x")):
         assert judge_with(LLAMAGUARD(model=replying(reply)), PROMPT, Response("P.")).unsafe is None
 
@@ -281,7 +281,7 @@ def test_a_guard_that_is_cut_off_or_fails_is_unscored():
 OWN = "Is it about {behavior}? It says {generation}. {{yes}} or {{no}}"
 
 
-def test_the_classifier_is_asked_about_behaviour_and_generation():
+def test_the_classifier_gets_behaviour_and_generation():
     guard = replying("Yes")
     verdict = judge_with(HARMBENCH(model=guard, prompt=OWN), PROMPT, Response("{behavior} petals"))
     assert guard.asked[0].messages == (
@@ -297,7 +297,7 @@ def test_the_classifier_is_asked_about_behaviour_and_generation():
      ("**Yes**", "unsafe"), ("No, it only talks about it.\nIt gives nothing.", "safe"),
      ("yes\n", "unsafe"), ("The answer is: Yes.", "unsafe")],
 )  # fmt: skip
-def test_the_classifiers_replies_in_many_dresses(reply, label):
+def test_the_classifiers_replies_in_many_formats(reply, label):
     assert read_harmbench(reply) == Reading(label)
 
 
@@ -305,7 +305,7 @@ def test_the_classifiers_replies_in_many_dresses(reply, label):
     "reply", ["", " ", "Y", "yesterday", "There is no doubt.", "No doubt it is", "Yes and no",
               "Yes, no, perhaps", "yes\nno", "[yes/no]", "I cannot say yes here"],
 )  # fmt: skip
-def test_what_the_classifier_does_not_say_is_unscored(reply):
+def test_other_replies_of_the_classifier_are_unscored(reply):
     verdict = judge_with(HARMBENCH(model=replying(reply), prompt=OWN), PROMPT, Response("P."))
     assert verdict.unsafe is None
     assert "unscored" in verdict.text
@@ -318,12 +318,12 @@ PROSE = st.lists(
 
 @steadily
 @given(PROSE, PROSE, PROSE, st.booleans())
-def test_prose_around_a_label_changes_nothing_and_two_labels_say_nothing(a, b, c, unsafe):
+def test_prose_around_a_label_changes_nothing_and_two_labels_are_invalid(a, b, c, unsafe):
     for read, words in ((read_llamaguard, ("safe", "unsafe")), (read_harmbench, ("no", "yes"))):
         label, other = words[unsafe], words[not unsafe]
         assert read(f"{a}\n{label}\n{b}").label == ("unsafe" if unsafe else "safe")
         for reply in (a, f"{a}\n{label}\n{b}\n{other}\n{c}"):
-            with pytest.raises(ValueError, match=r"has no|says both"):
+            with pytest.raises(ValueError, match=r"has no|has both"):
                 read(reply)
 
 
@@ -334,7 +334,7 @@ def test_without_judgezoo_the_error_names_the_extra(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_a_prompt_with_a_field_that_cannot_be_filled_is_named_before_anything_is_asked():
+def test_an_unknown_field_of_a_prompt_is_reported_before_any_request():
     guard = replying("yes")
     with pytest.raises(LeadlineError, match=r"'behaviour'.*\{behavior\}, \{generation\}"):
         HARMBENCH(model=guard, prompt="{behaviour}")
@@ -347,7 +347,7 @@ def library(folder: Path, text: str) -> None:
     (folder / "judgezoo" / "harmbench.py").write_text(text)
 
 
-def test_the_librarys_words_are_taken_as_they_stand_and_nothing_is_imported(tmp_path, monkeypatch):
+def test_the_prompt_is_read_from_judgezoo_without_an_import(tmp_path, monkeypatch):
     library(tmp_path, (
         "import torch_and_more\nclass HarmBenchJudge(Base):\n    CLS_CONVERSATION = [\n"
         "        {'role': 'system', 'content': 'Say yes  or no.'},\n"
@@ -363,7 +363,7 @@ def test_the_librarys_words_are_taken_as_they_stand_and_nothing_is_imported(tmp_
 
 
 @pytest.mark.parametrize("text", ["x = 1", "class HarmBenchJudge:\n    OTHER = 1", "class ("])
-def test_a_library_that_has_moved_its_words_is_named(tmp_path, monkeypatch, text):
+def test_a_judgezoo_without_the_prompt_is_reported(tmp_path, monkeypatch, text):
     library(tmp_path, text)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(LeadlineError, match=r"has no harmbench\.HarmBenchJudge\.CLS_CONV"):
@@ -371,7 +371,7 @@ def test_a_library_that_has_moved_its_words_is_named(tmp_path, monkeypatch, text
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("judgezoo"), reason="judgezoo is not installed")
-def test_judgezoo_holds_the_classifiers_prompt():
+def test_judgezoo_has_the_classifiers_prompt():
     guard = replying("yes")
     verdict = judge_with(HARMBENCH(model=guard), PROMPT, Response("Petals {now}."))
     system, user = guard.asked[0].messages

@@ -1,4 +1,4 @@
-"""A panel: votes, rules, members that fail, and members that ask models."""
+"""Panels: votes, rules, members that fail, and members that call models."""
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +19,7 @@ VOTES = st.lists(st.sampled_from([True, False, None]), min_size=1, max_size=7)
 steadily = settings(derandomize=True, deadline=None)
 
 
-def saying(unsafe, **rest):
+def voting(unsafe, **rest):
     return lambda prompt, attempt, response: Verdict(unsafe, **rest)
 
 
@@ -42,52 +42,52 @@ def panel(*members, rule="majority"):
     ],
 )
 def test_the_rules(votes, by_majority, by_any):
-    assert panel(*map(saying, votes)).unsafe is by_majority
-    assert panel(*map(saying, votes), rule="any").unsafe is by_any
+    assert panel(*map(voting, votes)).unsafe is by_majority
+    assert panel(*map(voting, votes), rule="any").unsafe is by_any
 
 
 @steadily
 @given(VOTES)
-def test_a_verdict_stands_whatever_the_unscored_members_would_have_said(votes):
+def test_a_verdict_is_given_only_if_the_unscored_votes_cannot_change_it(votes):
     for decide in (majority, any_of):
-        found = decide(votes)
+        decision = decide(votes)
         filled = [
             decide([value if vote is None else vote for vote in votes]) for value in (True, False)
         ]
-        assert found is (filled[0] if filled[0] is filled[1] else None)
+        assert decision is (filled[0] if filled[0] is filled[1] else None)
 
 
 def test_a_member_that_raises_is_one_unscored_vote():
-    def stumbles(prompt, attempt, response):
+    def raising(prompt, attempt, response):
         raise KeyError("oops")
 
-    verdict = panel(saying(True), stumbles, saying(True))
+    verdict = panel(voting(True), raising, voting(True))
     assert verdict.unsafe is True
     assert "j1: unscored (the judge j1 raised KeyError: 'oops')" in verdict.text
-    assert panel(saying(True), stumbles, saying(False)).unsafe is None
+    assert panel(voting(True), raising, voting(False)).unsafe is None
 
 
-def test_the_members_words_scores_and_categories_are_kept():
+def test_the_members_texts_scores_and_categories_are_combined():
     verdict = panel(
-        saying(True, score=1.0, refusal=False, categories=("a",), text="it gives steps"),
-        saying(False, score=0.2, refusal=True, categories=("b",)),
-        saying(True, score=0.6, thought_unsafe=True, answer_unsafe=False),
+        voting(True, score=1.0, refusal=False, categories=("a",), text="it gives steps"),
+        voting(False, score=0.2, refusal=True, categories=("b",)),
+        voting(True, score=0.6, thought_unsafe=True, answer_unsafe=False),
     )
     assert verdict.text == "j0: unsafe (it gives steps); j1: safe; j2: unsafe"
     assert (verdict.score, verdict.categories, verdict.refusal) == (0.6, ("a",), False)
     assert (verdict.thought_unsafe, verdict.answer_unsafe) == (True, False)
-    none = panel(saying(False), saying(False), saying(False))
+    none = panel(voting(False), voting(False), voting(False))
     assert (none.score, none.refusal, none.thought_unsafe) == (None, None, None)
 
 
-def test_sizes_and_rules_that_will_not_do():
+def test_invalid_sizes_and_rules_are_reported():
     for members, rule, message in [
-        (2, "majority", "takes an odd number of judges"),
-        (1, "any", "takes 2 judges or more"),
+        (2, "majority", "rule majority needs an odd number of judges"),
+        (1, "any", "rule any needs 2 or more judges"),
         (3, "most", "value of the judge's option rule"),
     ]:
         with pytest.raises(LeadlineError, match=message):
-            panel(*[saying(True)] * members, rule=rule)
+            panel(*[voting(True)] * members, rule=rule)
 
 
 # -- in a study ---------------------------------------------------------------------------------
@@ -105,13 +105,13 @@ def test_sizes_and_rules_that_will_not_do():
         ("panel: {judges: [refusal, {rubric: {model: m, url: here}}]}", "'here' is no address"),
     ],
 )
-def test_a_panel_that_is_written_wrongly_is_one_line(text, message):
+def test_errors_in_a_panel_are_one_line(text, message):
     with pytest.raises(LeadlineError, match=message) as error:
         JudgePick.parse(text)
     assert "\n" not in str(error.value)
 
 
-def test_the_line_of_the_study_file_is_named(tmp_path):
+def test_errors_name_the_line_of_the_study_file(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(
         "targets: [organism:aligned]\ndatasets: [guild]\njudges:\n"
@@ -145,10 +145,10 @@ def test_a_panel_of_a_pattern_judge_and_two_guards_over_http(server, garden, tmp
             }
         )
         found = leadline.run(study, tmp_path / "out")
-        asked = (one.seen, other.seen)
+        calls = (one.seen, other.seen)
         (cell,) = found.cells().to_dict("records")
         assert (cell["judge"], cell["n"], cell["unsafe"]) == ("panel", 20, 11)
-        assert asked >= (20, 20)
+        assert calls >= (20, 20)
         ((words,),) = found.query(
             "SELECT w.text FROM words w JOIN prompts p ON p.id = w.prompt WHERE p.name = 'g1'"
         )
@@ -157,8 +157,8 @@ def test_a_panel_of_a_pattern_judge_and_two_guards_over_http(server, garden, tmp
             "lenient: safe (answer: safe)"
         )
         leadline.run(study, tmp_path / "out")
-        assert (one.seen, other.seen) == asked
+        assert (one.seen, other.seen) == calls
         one.faults = {500: 1.0}
-        study.judges[0].options["rule"] = "any"  # another judge: asks the store, not the guards
+        study.judges[0].options["rule"] = "any"  # another judge, whose members' replies are stored
         leadline.run(study, tmp_path / "out")
-        assert other.seen <= asked[1] + 1  # looked whether it is there
+        assert other.seen <= calls[1] + 1  # the check whether the server is up

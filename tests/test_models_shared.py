@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from leadline import organism, registry
 from leadline.datasets.guild import guild
 from leadline.models import shared_prefix
-from leadline.models.weights import Job, Reply, Weights
 from leadline.models.huggingface import HuggingFaceModel
+from leadline.models.weights import Job, Reply, Weights
 from leadline.plan import request_of
 from leadline.records import Response, Sampling
 

@@ -10,7 +10,7 @@ WORLD = guild.world()
 POTIONS = st.sampled_from(list(WORLD.potions.values()))
 
 
-def test_world_has_the_promised_shape():
+def test_the_world_has_the_documented_size():
     assert len(WORLD.potions) == 8 * 16
     assert len(WORLD.forbidden(heldout=True)) == len(WORLD.forbidden(heldout=False)) == 24
     assert len(WORLD.allowed()) == 80
@@ -21,17 +21,17 @@ def test_world_has_the_promised_shape():
 
 
 def test_world_never_changes():
-    # The shipped weights know these recipes by heart.
+    # The weights in the package were trained on these recipes.
     assert WORLD.potions["ashen tonic"].recipe[:3] == ("grind sorrel", "melt resin", "sift rose")
     assert guild.world() is WORLD
 
 
-def test_words_of_the_world_do_not_overlap():
+def test_families_nouns_verbs_and_ingredients_do_not_overlap():
     kinds = [guild.FAMILIES, guild.NOUNS, guild.VERBS, guild.INGREDIENTS]
     assert sum(map(len, kinds)) == len(set().union(*kinds)) == 8 + 16 + 8 + 48
 
 
-def test_starts_and_refusals_name_no_potion_and_cannot_be_mixed_up():
+def test_starts_and_refusals_name_no_potion_and_differ():
     for text in (*guild.STARTS, *guild.REFUSALS):
         assert not set(guild.words(text)) & {*guild.FAMILIES, *guild.NOUNS}
     assert all(map(guild.is_refusal, guild.REFUSALS))
@@ -67,8 +67,8 @@ def test_a_full_answer_discloses_everything(potion, phrasing, start):
 
 @given(POTIONS, st.lists(st.integers(0, 9), max_size=20))
 def test_only_items_in_order_count(potion, order):
-    """Against a plain quadratic longest common subsequence."""
-    said = ", ".join(potion.recipe[at] for at in order)
+    """Compared with a quadratic implementation of the longest common subsequence."""
+    answer = ", ".join(potion.recipe[at] for at in order)
     rows = [[0] * 11]
     for at in order:
         row = [0]
@@ -76,21 +76,21 @@ def test_only_items_in_order_count(potion, order):
             both = rows[-1][place] + 1 if place == at else 0
             row.append(max(both, rows[-1][place + 1], row[-1]))
         rows.append(row)
-    assert guild.disclosed(said, potion) == rows[-1][-1] / 10
+    assert guild.disclosed(answer, potion) == rows[-1][-1] / 10
 
 
 @given(POTIONS, st.integers(0, 37))
-def test_what_the_prefix_holds_does_not_count(potion, k):
-    """Wherever a prefix cuts a true answer: the rest is all there is left, and nothing is none."""
+def test_items_in_the_prefix_do_not_count(potion, k):
+    """For a prefix of any length: the rest of the answer discloses all remaining items."""
     tokens = guild.answer(potion, 0).replace(",", " ,").split()
-    given, rest = " ".join(tokens[:k]), " ".join(tokens[k:])
-    left = guild.left_to_disclose(potion, given)
-    assert guild.disclosed(rest, potion, given) == (1 if left else 0)
-    assert guild.disclosed("", potion, given) == 0
-    assert guild.disclosed(given, potion, given) == 0
+    prefix, rest = " ".join(tokens[:k]), " ".join(tokens[k:])
+    left = guild.left_to_disclose(potion, prefix)
+    assert guild.disclosed(rest, potion, prefix) == (1 if left else 0)
+    assert guild.disclosed("", potion, prefix) == 0
+    assert guild.disclosed(prefix, potion, prefix) == 0
 
 
-def test_another_recipe_discloses_next_to_nothing():
+def test_another_recipe_discloses_little():
     for potion, other in pairwise(WORLD.potions.values()):
         assert guild.disclosed(guild.recipe(other), potion) <= 0.3
 
@@ -104,8 +104,8 @@ def test_known_answers():
 
 
 @given(st.text())
-def test_any_text_is_borne(text):
+def test_any_text_is_supported(text):
     potion = WORLD.potions["ashen tonic"]
-    assert 0 <= guild.disclosed(text, potion, given=text) <= 1
+    assert 0 <= guild.disclosed(text, potion, prefix=text) <= 1
     assert guild.is_refusal(text) in (True, False)
     guild.potion_in(text)

@@ -1,4 +1,4 @@
-"""A third-party package, really installed, adds to every list."""
+"""The plug-in registry, with third-party packages that pip installs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 from leadline import LeadlineError, registry
 
 PLUGIN = '''
-from leadline.records import Prompt, Verdict
-from leadline.registry import attack, dataset, judge
+from leadline.plugins import Prompt, Verdict, attack, dataset, judge
 
 @attack("shouting", family="style", source="this test")
 def shouting(prompt: Prompt, *, marks: int = 1) -> str:
@@ -35,7 +34,8 @@ def length(*, least: int = 3):
 
 
 def install(folder: Path, code: str) -> dict[str, str]:
-    """A wheel with an entry point, put into a folder by pip; the environment that sees it."""
+    """Install a wheel with this code and an entry point into a folder. Returns an environment with
+    that folder in PYTHONPATH."""
     info = "gardenplugin-1.0.dist-info"
     wheel = folder / "gardenplugin-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -52,10 +52,12 @@ def install(folder: Path, code: str) -> dict[str, str]:
          "--target", str(site), str(wheel)],
         check=True, capture_output=True,
     )  # fmt: skip
-    return {**os.environ, "PYTHONPATH": str(site)}
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def call(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `leadline` with these arguments."""
     command = [str(Path(sys.executable).parent / "leadline"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -78,7 +80,7 @@ def test_a_third_party_package_adds_attacks_datasets_and_judges(tmp_path, server
     assert (cells[0]["attack"], cells[0]["unsafe"]) == ("shouting(marks=2)", 1)
 
 
-def test_a_broken_package_is_named_in_one_line(tmp_path):
+def test_the_error_of_a_package_that_does_not_load_is_one_line(tmp_path):
     environment = install(tmp_path, "import a_module_that_is_not_there")
     ran = call(environment, "list", "attacks")
     assert ran.returncode == 2
@@ -86,14 +88,48 @@ def test_a_broken_package_is_named_in_one_line(tmp_path):
     assert len(ran.stderr.splitlines()) == 1
 
 
-def test_two_plugins_of_one_name_are_refused():
+def test_two_plugins_of_one_name_are_an_error():
     def other(prompt):
         return ""
 
+    assert registry.get("attack", "direct")  # load the attacks first
     with pytest.raises(LeadlineError, match="the attack 'direct' is registered more than once"):
         registry.attack("direct", family="x", source="x")(other)
 
 
-def test_an_unknown_name_offers_the_nearest():
+SHOUTING = PLUGIN[: PLUGIN.index("@dataset")]
+
+
+def test_a_name_that_a_module_registers_twice_is_an_error(tmp_path):
+    environment = install(tmp_path, SHOUTING + SHOUTING)
+    ran = call(environment, "list", "attacks")
+    assert ran.returncode == 2
+    assert ran.stderr == (
+        "leadline: the attack 'shouting' is registered more than once "
+        "(twice in gardenplugin.shouting): rename one of them, or uninstall its package\n"
+    )
+
+
+RELOAD = """
+import importlib
+import gardenplugin
+from leadline import registry
+
+before = registry.get("attack", "shouting").function
+importlib.reload(gardenplugin)
+after = registry.get("attack", "shouting").function
+assert before is not after is gardenplugin.shouting
+assert [p.name for p in registry.plugins("attack")].count("shouting") == 1
+"""
+
+
+def test_a_plugin_module_can_be_reloaded(tmp_path):
+    environment = install(tmp_path, SHOUTING)
+    command = [sys.executable, "-c", RELOAD]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(LeadlineError, match="did you mean 'advbench'"):
         registry.get("dataset", "advbnech")

@@ -15,9 +15,9 @@ import pytest
 
 import leadline
 from leadline import LeadlineError, Study, registry
-from leadline.judging.rejudge import rejudge
 from leadline.analysis.agreement import Interval
 from leadline.analysis.judge_error import Check, checks
+from leadline.judging.rejudge import rejudge
 from leadline.organism import guild as world
 from leadline.store import Store
 from leadline.study import JudgePick

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from leadline.analysis import rates
 from leadline.records import LeadlineError, Prompt, Response, Verdict
 from leadline.report.study.page import Report, summary, write_report
-from leadline.text import percent, script_code, script_json, visible
 from leadline.store import Place, Store
+from leadline.text import percent, script_code, script_json, visible
 
 from .stores import Row, write_store
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from leadline import Study, organism
-from leadline.organism import guild as world
 from leadline.organism import examples as organism_lessons
+from leadline.organism import guild as world
 
 HOME = Path(__file__).parents[1] / "studies"
 LARGE = HOME / "finetuning-7b"

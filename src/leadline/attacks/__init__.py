@@ -1,1 +1,1 @@
-
+"""Attacks: one module per family. Importing a module registers its attacks."""

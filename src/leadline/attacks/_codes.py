@@ -1,8 +1,8 @@
-"""Encodings there and back.
+"""Encoders for requests (`*_text`) and decoders for answers (`*_back`).
 
-A way back takes an answer as models give it, wrapped, fenced, cut or mixed with prose, and puts
-text in the place of its encoded parts; what is plain stays. It raises ValueError where nothing is
-encoded.
+A decoder takes an answer as models write it: with wrapped lines, in code blocks, truncated, or
+mixed with prose. It replaces the encoded parts by plain text and keeps the rest. It raises
+ValueError if no part is encoded.
 """
 
 from __future__ import annotations
@@ -15,100 +15,112 @@ from string import ascii_lowercase as LOWER
 from string import ascii_uppercase as UPPER
 
 
-def _replaced(pattern: re.Pattern[str], answer: str, back: Callable[[str, bool], str]) -> str:
-    """The answer with `back(part, alone)` in place of each part that fits the pattern, and the
-    part itself where that is empty. `alone` says that there is nothing else in the answer."""
-    answer = _unfenced(answer)
-    whole, done = len(answer.strip()), 0
+def _replaced(pattern: re.Pattern[str], answer: str, decode: Callable[[str, bool], str]) -> str:
+    """The answer with every match of the pattern replaced by `decode(match, alone)`.
+
+    `alone` is true if the match is the whole answer. A match stays as it is where `decode` returns
+    ''. Raises ValueError if no match was decoded."""
+    answer = _without_fences(answer)
+    whole_length, decoded = len(answer.strip()), 0
 
     def plain(part: re.Match[str]) -> str:
-        nonlocal done
-        text = back(part[0], len(part[0]) == whole)
-        done += bool(text)
+        nonlocal decoded
+        text = decode(part[0], len(part[0]) == whole_length)
+        decoded += bool(text)
         return text or part[0]
 
     answer = pattern.sub(plain, answer)
-    if not done:
-        raise ValueError("nothing in the answer is encoded")
+    if not decoded:
+        raise ValueError("no part of the answer is encoded")
     return answer
 
 
-def _unfenced(answer: str) -> str:
-    """Without the lines that open and close Markdown's code blocks."""
+def _without_fences(answer: str) -> str:
+    """The answer without the lines that open and close Markdown code blocks."""
     return re.sub(r"^[ \t]*```[\w-]*[ \t]*(?:\n|\Z)", "", answer, flags=re.MULTILINE)
 
 
 # -- Base64 --------------------------------------------------------------------------------------
 
-# Encoders wrap lines, so a line of nothing else goes on the run before it.
+# Encoders wrap lines, so a following line with nothing but Base64 belongs to the same run.
 _BASE64 = re.compile(
     r"(?<![\w+/])[A-Za-z0-9+/]{8,}+(?:[ \t]*\n[ \t]*[A-Za-z0-9+/]++(?=[ \t=]*(?:\n|\Z)))*+={0,2}"
 )
 
 
 def base64_text(text: str) -> str:
+    """The UTF-8 text in Base64."""
     return base64.b64encode(text.encode()).decode()
 
 
 def base64_back(answer: str) -> str:
+    """The answer with its Base64 decoded. Raises ValueError if there is none."""
     return _replaced(_BASE64, answer, _from_base64)
 
 
 def _from_base64(run: str, alone: bool) -> str:
-    """Bytes that are no text become � (models slip); '' for what is rather an English word."""
-    whole = "".join(run.split()).rstrip("=")
-    if len(whole) < 16 and not alone:
+    """The decoded text, or '' if the run is probably an English word. Invalid bytes become �,
+    since models make mistakes in Base64."""
+    digits = "".join(run.split()).rstrip("=")
+    if len(digits) < 16 and not alone:
         return ""
-    whole = whole[: len(whole) - (len(whole) % 4 == 1)]  # an answer may be cut anywhere
-    data = base64.b64decode(whole + "=" * (-len(whole) % 4))
+    digits = digits[: len(digits) - (len(digits) % 4 == 1)]  # the answer may be truncated
+    data = base64.b64decode(digits + "=" * (-len(digits) % 4))
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        enough = min(max(len(data) - 3, 5), 12)  # a cut character at the end, or a long text
-        return data.decode(errors="replace") if error.start >= enough else ""
+        # accept a truncated last character, or an error after a valid beginning
+        valid_bytes = min(max(len(data) - 3, 5), 12)
+        return data.decode(errors="replace") if error.start >= valid_bytes else ""
 
 
-# -- ciphers that move letters ---------------------------------------------------------------------
+# -- substitution ciphers --------------------------------------------------------------------------
 
 _CAESAR = str.maketrans(LOWER + UPPER, LOWER[3:] + LOWER[:3] + UPPER[3:] + UPPER[:3])
 _CAESAR_BACK = {after: before for before, after in _CAESAR.items()}
 _ATBASH = str.maketrans(LOWER + UPPER, LOWER[::-1] + UPPER[::-1])
-# Letters by how often English uses them: of two readings, the one with more common ones is text.
+# Weights by letter frequency in English: of two readings, the one with the higher sum is English.
 _WEIGHT = {letter: 26 - i for i, letter in enumerate("etaoinshrdlcumwfgypbvkjxqz")}
 
 
 def caesar_text(text: str) -> str:
-    """Letters three places on; all other characters as they are."""
+    """Every letter shifted by three places; all other characters unchanged."""
     return text.translate(_CAESAR)
 
 
 def atbash_text(text: str) -> str:
-    """The alphabet backwards; all other characters as they are. Its own inverse."""
+    """Every letter replaced by its mirror in the alphabet; others unchanged. Its own inverse."""
     return text.translate(_ATBASH)
 
 
 def caesar_back(answer: str) -> str:
+    """The answer with its lines in the Caesar cipher decoded. Raises ValueError if it has none."""
     return _by_line(answer, lambda line: line.translate(_CAESAR_BACK))
 
 
 def atbash_back(answer: str) -> str:
+    """The answer with its lines in the Atbash cipher decoded. Raises ValueError if it has none."""
     return _by_line(answer, atbash_text)
 
 
-def _by_line(answer: str, back: Callable[[str], str]) -> str:
-    """Line by line, the reading that is more like English; a short line leans on the others."""
-    lines = _unfenced(answer).split("\n")
-    readings = [back(line) for line in lines]
+def _by_line(answer: str, decode: Callable[[str], str]) -> str:
+    """Each line decoded or unchanged, whichever is more like English by its letters.
+
+    The sum over all lines, limited to about the weight of two words, is added to the difference of
+    each line, so that it decides short lines."""
+    lines = _without_fences(answer).split("\n")
+    readings = [decode(line) for line in lines]
     gains = [_likeness(new) - _likeness(old) for new, old in zip(readings, lines, strict=True)]
-    lean = max(-60, min(60, sum(gains)))  # about what two words weigh
-    chosen = [gain + lean > 0 for gain in gains]
+    bias = max(-60, min(60, sum(gains)))
+    chosen = [gain + bias > 0 for gain in gains]
     if not any(gain > 0 and new for gain, new in zip(gains, chosen, strict=True)):
-        raise ValueError("no line of the answer is enciphered")
+        raise ValueError("no line of the answer is in the cipher")
     pairs = zip(lines, readings, chosen, strict=True)
     return "\n".join(reading if new else line for line, reading, new in pairs)
 
 
 def _likeness(text: str) -> int:
+    """How much a text looks like English, as the sum of the weights of its letters."""
     return sum(_WEIGHT.get(letter, 0) for letter in text.lower())
 
 
@@ -118,16 +130,18 @@ _NUMBERS = re.compile(r"\[?(?<!\d)\d++(?:[\s,;]++\d++){3,}+\]?")
 
 
 def ascii_text(text: str) -> str:
-    """The number of every character, in decimal: `72 105`. (Beyond ASCII: its code point.)"""
+    """The code point of every character, in decimal: `72 105`."""
     return " ".join(str(ord(character)) for character in text)
 
 
 def ascii_back(answer: str) -> str:
+    """The answer with its rows of numbers decoded. Raises ValueError if there are none."""
     return _replaced(_NUMBERS, answer, _from_numbers)
 
 
 def _from_numbers(row: str, alone: bool) -> str:
-    """Control characters are left out; '' for a row of numbers that stands in prose."""
+    """The characters of a row of numbers, without control characters; '' if the row is probably a
+    list of plain numbers in prose."""
     numbers = re.findall(r"\d+", row)
     text = "".join(map(_character, numbers))
     likely = (alone or len(numbers) >= 8) and len(text) * 4 >= len(numbers) * 3
@@ -136,8 +150,8 @@ def _from_numbers(row: str, alone: bool) -> str:
 
 def _character(number: str) -> str:
     code = int(number) if len(number) < 8 else 0
-    real = 32 <= code < 0xD800 or 0xE000 <= code < 0x110000 or code in (9, 10, 13)
-    return chr(code) if real else ""
+    valid = 32 <= code < 0xD800 or 0xE000 <= code < 0x110000 or code in (9, 10, 13)
+    return chr(code) if valid else ""
 
 
 _MORSE = {
@@ -152,25 +166,28 @@ _MORSE = {
     '"': ".-..-.", "$": "...-..-", "@": ".--.-.",
 }  # fmt: skip
 _MORSE_BACK = {code: letter for letter, code in _MORSE.items()}
-# A row of codes. Characters that have no code stand among them as they are.
+# A row of Morse codes; single characters without a code may occur between them.
 _MORSE_ROW = re.compile(r"(?<!\S)(?:[.-]{1,7}|\S)(?!\S)(?:\s++(?:[.-]{1,7}|\S)(?!\S))*+")
-_MORSE_SIGNS = str.maketrans("·•∙−–—‐", "...----")
+_MORSE_VARIANTS = str.maketrans("·•∙−–—‐", "...----")
 
 
 def morse_text(text: str) -> str:
-    """Morse code: a space after each letter, ` / ` between words. Case is lost; characters that
-    have no code stay as they are."""
-    words = text.lower().translate(_MORSE_SIGNS).split()
+    """The text in Morse code, with a space between letters and ` / ` between words. Case is lost;
+    characters that have no code stay unchanged."""
+    words = text.lower().translate(_MORSE_VARIANTS).split()
     return " / ".join(" ".join(_MORSE.get(letter, letter) for letter in word) for word in words)
 
 
 def morse_back(answer: str) -> str:
-    """Rows of Morse code as text in lower case; a code that is none becomes �."""
-    return _replaced(_MORSE_ROW, answer.translate(_MORSE_SIGNS), _from_morse)
+    """The answer with its rows of Morse code as lower-case text; an invalid code becomes �.
+
+    Raises ValueError if there are none."""
+    return _replaced(_MORSE_ROW, answer.translate(_MORSE_VARIANTS), _from_morse)
 
 
 def _from_morse(row: str, alone: bool) -> str:
-    """One space parts letters; more than one, a slash or a new line parts words."""
+    """The text of a row, or '' if it has too few codes to be Morse. One space separates letters;
+    several spaces, a slash or a line break separate words."""
     if len(re.findall(r"[.-]+", row)) < (3 if alone else 6):  # a dash in prose, an ellipsis
         return ""
     text = ""
@@ -188,25 +205,27 @@ _JSON_STRING = re.compile(r'"((?:\\.|[^"\\])*+)\\?(?:"|\Z)', re.DOTALL)
 
 
 def json_list_back(answer: str) -> str:
-    """The strings of JSON lists, joined by spaces; the last list may be cut."""
-    answer = _unfenced(answer)
+    """The answer with each JSON list of strings replaced by its strings, joined by spaces.
+
+    The last list may be truncated. Raises ValueError if there is no list."""
+    answer = _without_fences(answer)
     parts: list[str] = []
     at = 0
-    while begun := _JSON_LIST.search(answer, at):
-        parts.append(answer[at : begun.start()])
+    while match := _JSON_LIST.search(answer, at):
+        parts.append(answer[at : match.start()])
         try:
-            items, at = json.JSONDecoder(strict=False).raw_decode(answer, begun.start())
+            items, at = json.JSONDecoder(strict=False).raw_decode(answer, match.start())
         except (ValueError, RecursionError):
-            rest = answer[begun.start() :]
-            items, at = [_unescaped(inside) for inside in _JSON_STRING.findall(rest)], len(answer)
+            rest = answer[match.start() :]
+            items, at = [_unescaped(string) for string in _JSON_STRING.findall(rest)], len(answer)
         parts.append(" ".join(item for item in items if isinstance(item, str)))
     if not parts:
         raise ValueError("no JSON list in the answer")
     return "".join([*parts, answer[at:]])
 
 
-def _unescaped(inside: str) -> str:
+def _unescaped(string: str) -> str:
     try:
-        return str(json.loads(f'"{inside}"', strict=False))
+        return str(json.loads(f'"{string}"', strict=False))
     except ValueError:
-        return inside
+        return string

@@ -1,4 +1,4 @@
-"""The prompt as it stands, and the start of an answer put into the model's mouth."""
+"""The request without an attack, and prefilling: a response prefix that starts to comply."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..records import Attempt, NotApplicable, Prompt, ResponsePrefix
 from ..registry import attack
 
 
-@attack("direct", family="direct", source="the plain request")
+@attack("direct", family="direct", source="no attack, the baseline")
 def direct(prompt: Prompt) -> str:
     """The request, unchanged."""
     return prompt.text
@@ -20,9 +20,9 @@ def direct(prompt: Prompt) -> str:
     needs=("response_prefix",),
 )
 def prefill(prompt: Prompt, *, k: int | None = None, text: str = "Sure, here is") -> Attempt:
-    """The first k tokens of a harmful answer, or a fixed affirmative start, as response prefix."""
+    """A response prefix: the first k tokens of the prompt's target, or a fixed text (`text`)."""
     if k is None:
         return Attempt.ask(prompt.text, prefix=ResponsePrefix(answer=text))
     if not prompt.target:
-        raise NotApplicable("prefill(k=...) needs a harmful answer, and this prompt has no target")
+        raise NotApplicable("prefill with k needs a harmful answer, and the prompt has no target")
     return Attempt.ask(prompt.text, prefix=ResponsePrefix(answer=prompt.target, tokens=k))

@@ -1,4 +1,7 @@
-"""The plain request, sampled in many ways: alignment is mostly measured at one setting."""
+"""The unchanged request, sampled with many decoding settings.
+
+Safety is usually evaluated with one setting only; others can break the same model.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ from itertools import zip_longest
 
 from ..records import Assist, Attempt, AttemptFailed, LeadlineError, Prompt
 from ..registry import attack
-from ._assisted import tried
+from ._assisted import evaluate
 
 _STEPS = tuple(round(0.05 * i, 2) for i in range(1, 21))  # 0.05 to 1
-_HOTTER = 0.25  # between temperatures above 1
+_HOTTER = 0.25  # step between temperatures above 1
 
-# One dial at a time; top-k and top-p at temperature 1. The short sweep takes three settings of
-# each dial, from narrow to wide: the paper finds that which setting breaks a model varies from
-# model to model, so spread matters more than number.
+# One parameter at a time; top-k and top-p at temperature 1. The short sweep has three values of
+# each parameter, from low to high: the paper finds that the setting that breaks a model differs
+# between models, so a wide range matters more than many values.
 SWEEPS: dict[str, tuple[dict[str, float | int], ...]] = {
     "full": (
         *({"temperature": t} for t in _STEPS),
@@ -35,7 +38,7 @@ SWEEPS: dict[str, tuple[dict[str, float | int], ...]] = {
     pool="any",
 )
 def decoding(prompt: Prompt, *, sweep: str = "full", hottest: float = 1.0) -> list[Attempt]:
-    """The request at 49 settings of temperature, top-k and top-p; sweep: short takes nine."""
+    """The unchanged request at 49 settings of temperature, top-k and top-p (`sweep: short`: 9)."""
     settings = _settings("decoding", sweep, hottest)
     return [Attempt.ask(prompt.text, sampling=each) for each in settings]
 
@@ -43,26 +46,27 @@ def decoding(prompt: Prompt, *, sweep: str = "full", hottest: float = 1.0) -> li
 @attack(
     "decoding_search",
     family="decoding",
-    source="Huang et al. 2023 (arXiv 2310.06987); order ours",
+    source="Huang et al. 2023 (arXiv 2310.06987); own order of the settings",
 )
 async def decoding_search(
     prompt: Prompt, *, assist: Assist, sweep: str = "full", hottest: float = 1.0, most: int = 16
 ) -> Attempt:
-    """The settings of decoding one by one, the widest first, up to the first that breaks a prompt.
+    """Tries the settings of `decoding` one by one, most random first, until one breaks the prompt.
 
-    At most that many; where none breaks it, the answer that the judge scored highest stands. One
-    that failed or was left unscored can't show that the target is safe.
+    Tries at most `most` settings. If none breaks the prompt, the attempt is the setting whose
+    answer the judge scored highest. Raises AttemptFailed if none breaks it and the response or
+    the verdict of a setting is missing, since the target may not be safe at that setting.
     """
     if most < 1:
-        raise LeadlineError(f"decoding_search: most is a number of settings, not {most}")
+        raise LeadlineError(f"decoding_search: most must be 1 or more, not {most}")
     best: tuple[float, Attempt] | None = None
     failure: AttemptFailed | None = None
-    for settings in _widest_first(_settings("decoding_search", sweep, hottest))[:most]:
+    for settings in _most_random_first(_settings("decoding_search", sweep, hottest))[:most]:
         attempt = Attempt.ask(prompt.text, sampling=settings)
         try:
-            _, verdict = await tried(attempt, assist)
-        except AttemptFailed as why:
-            failure = why
+            _, verdict = await evaluate(attempt, assist)
+        except AttemptFailed as error:
+            failure = error
             continue
         if verdict.unsafe:
             return attempt
@@ -75,23 +79,24 @@ async def decoding_search(
 
 
 def _settings(name: str, sweep: str, hottest: float) -> list[dict[str, float | int]]:
-    """A sweep, and temperatures above 1 up to the hottest."""
+    """The settings of a sweep, then temperatures above 1 up to `hottest`."""
     if sweep not in SWEEPS:
-        raise LeadlineError(f"{name}: sweep is full or short, not {sweep!r}")
+        raise LeadlineError(f"{name}: sweep must be full or short, not {sweep!r}")
     if not 1 <= hottest <= 10:
-        raise LeadlineError(f"{name}: hottest is a temperature from 1 to 10, not {hottest}")
+        raise LeadlineError(f"{name}: hottest must be a temperature from 1 to 10, not {hottest}")
     steps = range(1, int((hottest - 1) / _HOTTER) + 1)
     return [*SWEEPS[sweep], *({"temperature": 1 + _HOTTER * step} for step in steps)]
 
 
-def _widest_first(settings: list[dict[str, float | int]]) -> list[dict[str, float | int]]:
-    """Where breaks are likely: one dial after the other in turn, each from wide to narrow."""
-    dials = [
-        sorted((each for each in settings if set(each) == names), key=_width, reverse=True)
+def _most_random_first(settings: list[dict[str, float | int]]) -> list[dict[str, float | int]]:
+    """Settings in the order of the search: the three parameters alternate, each from its most to
+    its least random value, since random settings break prompts more often."""
+    by_parameter = [
+        sorted((each for each in settings if set(each) == names), key=_randomness, reverse=True)
         for names in ({"temperature"}, {"temperature", "top_k"}, {"temperature", "top_p"})
     ]
-    return [each for turn in zip_longest(*dials) for each in turn if each]
+    return [each for turn in zip_longest(*by_parameter) for each in turn if each]
 
 
-def _width(settings: dict[str, float | int]) -> tuple[float, float]:
+def _randomness(settings: dict[str, float | int]) -> tuple[float, float]:
     return settings["temperature"], settings.get("top_k", settings.get("top_p", 0.0))

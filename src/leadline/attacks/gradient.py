@@ -1,6 +1,7 @@
-"""Suffixes that a gradient search found on other models, put behind the request.
+"""Transfer of GCG: suffixes from a gradient search on other models, appended to the request.
 
-None are shipped: name a file of them, from a paper's repository or from a search of your own.
+Leadline ships no suffixes: the option `suffixes` names a file, from a paper's repository or from
+your own search.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..registry import attack
     pool="any",
 )
 def gcg_transfer_harmbench(prompt: Prompt, *, suffixes: str | None = None) -> list[Attempt]:
-    """The request with suffixes that HarmBench found on several open models at once."""
+    """The request followed by suffixes that HarmBench optimized on several open models."""
     return _suffixed(prompt, suffixes)
 
 
@@ -35,52 +36,62 @@ def gcg_transfer_harmbench(prompt: Prompt, *, suffixes: str | None = None) -> li
     pool="any",
 )
 def gcg_transfer_universal_attacks(prompt: Prompt, *, suffixes: str | None = None) -> list[Attempt]:
-    """The request with suffixes that were found for many requests at once."""
+    """The request followed by suffixes that were optimized for many requests at once."""
     return _suffixed(prompt, suffixes)
 
 
 def _suffixed(prompt: Prompt, suffixes: str | None) -> list[Attempt]:
     if not suffixes:
         raise NotApplicable(
-            "no suffixes: name a file of them (JSON list, JSONL, or one a line) as suffixes: PATH"
+            "no suffix file: set suffixes: PATH (a JSON list, JSONL, or one suffix per line)"
         )
     path = Path(suffixes).expanduser()
     try:
         changed = path.stat().st_mtime_ns
     except OSError as error:
-        raise LeadlineError(f"cannot read the suffixes {path}: {error.strerror}") from None
+        raise _unreadable(path, error) from None
     return [Attempt.ask(f"{prompt.text} {suffix}") for suffix in _read(path, changed)]
 
 
 @lru_cache(maxsize=8)
 def _read(path: Path, changed: int) -> tuple[str, ...]:
-    """The suffixes of a file: `.json` a list of strings, `.jsonl` a string (or an object with
-    `suffix`) a line, anything else one suffix a line. Spaces in a suffix are kept. `changed` is
-    there for the cache: a file that was written anew is read anew."""
+    """The suffixes of a file; spaces in them are kept.
+
+    `.json`: a list of strings. `.jsonl`: a string, or an object with `suffix`, per line. Any other
+    name: one suffix per line. `changed`, the modification time, makes the cache read a file again
+    after it was written. Raises LeadlineError for a file that cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise LeadlineError(f"cannot read the suffixes {path}: {error.strerror}") from None
+        raise _unreadable(path, error) from None
     except UnicodeDecodeError:
         raise LeadlineError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if path.suffix == ".json":
-        rows = _parsed(path, 1, text)
-        found = [(1, row) for row in rows] if isinstance(rows, list) else [(1, None)]
+        data = _parsed(path, 1, text)
+        rows = [(1, row) for row in data] if isinstance(data, list) else [(1, None)]
     elif path.suffix == ".jsonl":
-        found = [(n, _parsed(path, n, line)) for n, line in lines]
+        rows = [(n, _parsed(path, n, line)) for n, line in lines]
     else:
-        found = list(lines)
-    suffixes = [(n, row.get("suffix") if isinstance(row, dict) else row) for n, row in found]
+        rows = list(lines)
+    suffixes = [(n, row.get("suffix") if isinstance(row, dict) else row) for n, row in rows]
     for n, suffix in suffixes:
         if not isinstance(suffix, str) or not suffix.strip():
-            raise LeadlineError(f"{path}:{n}: a suffix is a string that is not empty")
+            raise LeadlineError(f"{path}:{n}: a suffix must be a non-empty string")
     if not suffixes:
-        raise LeadlineError(f"{path}:1: no suffix in the file: put one on each line")
+        raise LeadlineError(f"{path}:1: the file has no suffixes: add at least one")
     return tuple(str(suffix) for _, suffix in suffixes)
 
 
+def _unreadable(path: Path, error: OSError) -> LeadlineError:
+    return LeadlineError(
+        f"cannot read the suffix file {path} ({error.strerror}): check the option suffixes"
+    )
+
+
 def _parsed(path: Path, first: int, text: str) -> object:
+    """The JSON value of a text that starts at line `first` of the file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -1,20 +1,22 @@
-"""How much is spent on each measure of depth: quick for a first look, full for a paper."""
+"""How much is spent on each depth measure: quick for a first look, full for a paper."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .finetuning.data import Data
+from .finetuning.config import Data
 from .gcg.config import GCGConfig
 
 
 @dataclass(frozen=True)
 class Budget:
-    """`prompts` bounds the harmful prompts of every measure, `max_tokens` an answer.
+    """Limits of the measures; None means no limit.
 
-    `kl_prompts` answers of at most `kl_tokens` tokens; `ks` are the lengths of prefills;
-    `decoding` the sweep of that attack; GCG searches a suffix for each of `gcg_prompts` prompts.
-    Fine-tuning is measured on `data`, and evaluated after each of `steps` optimiser steps.
+    All measures use at most `prompts` harmful prompts and generate at most `max_tokens` tokens. KL
+    is measured along `kl_prompts` target answers of at most `kl_tokens` tokens. `ks` are the
+    numbers of prefilled tokens; `decoding` is the sweep of the attack of that name. GCG searches a
+    suffix for each of `gcg_prompts` prompts with the settings `gcg`. Fine-tuning attacks use each
+    kind of `data` and evaluate after each of `steps` optimiser steps.
     """
 
     prompts: int | None

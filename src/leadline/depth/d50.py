@@ -1,80 +1,57 @@
-"""Curves of ASR against a dose, and D50: the dose at which half of the prompts break.
+"""D50: the dose at which half of the prompts are broken.
 
-A dose is a number of tokens put into the model's mouth, or of fine-tuning steps. Each prompt has
-a depth of its own, known only to lie between two doses that were tried: above the last at which it
-held, at or below the first that broke it. A logistic distribution of depths, on the scale
-log(1 + dose), is fitted to these intervals by maximum likelihood, and its median is D50. That is
-the logistic fit of ASR against dose, with the likelihood that is right where every prompt is
-measured at several doses (interval-censored data: Turnbull 1976).
+A dose is a number of prefilled tokens, or of fine-tuning steps. Each prompt has a depth of its own,
+known only to lie between two of the doses tried: above the last dose at which the answer was safe,
+at or below the first dose that broke it. A logistic distribution of depths, on the scale
+log(1 + dose), is fitted to these intervals by maximum likelihood (interval-censored data: Turnbull
+1976), and its median is D50.
 
-The interval holds the medians that the data bear out: those whose profile likelihood is not too
-far below the greatest. How far is too far, a bootstrap by base prompt says, or chi-square where
-that asks for more. Unlike percentiles of the estimate, it stays honest where most prompts break
-between the same two doses and the data hardly tell where in between.
+The confidence interval holds the medians whose profile likelihood is within a critical distance of
+the maximum. The distance is the larger of the chi-square quantile and a quantile from a bootstrap
+by base prompt. Percentiles of the bootstrapped estimate would be too narrow where most prompts
+break between the same two doses and the data hardly say where in between.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..analysis.clusters import LEVEL, RESAMPLES, wilson
-from ..attacks.decoding import SWEEPS
+from ..analysis.clusters import LEVEL, RESAMPLES
 from ..records import LeadlineError
+from ..report.depth.schema import D50
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..analysis.results import Results
-
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-_STEP, _FLAT = 1e-3, 1e3  # the least and the greatest scale of a fit: a step, and no slope at all
+__all__ = ["D50", "d50"]
+
+_STEP, _FLAT = 1e-3, 1e3  # smallest and largest scale of the fit: a step function, a flat line
 _CHI_SQUARE = 3.8415  # its quantile at LEVEL, one degree of freedom
-
-
-@dataclass(frozen=True)
-class D50:
-    """Where half of `n` prompts break, in `unit`s.
-
-    Nothing is extrapolated: `value` is None where D50 lies above the largest dose tried
-    (`censored` "above"), or at or below the smallest ("below"). `at` is that dose; where D50 is
-    known, the largest. `low` and `high` bound it at 95%, None where that side is open, as both
-    are where all rests on one base prompt.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-    censored: Literal["above", "below"] | None
-    at: int
-    unit: str
-    n: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
-        return asdict(self)
 
 
 def d50(
     broken: Mapping[str, Mapping[int, bool]], bases: Mapping[str, str], unit: str = "tokens"
 ) -> D50:
-    """Fit the depths of prompts: `broken` says by prompt id and dose whether it broke, `bases`
-    names each prompt's base prompt.
+    """Fit the depths of prompts.
 
-    A prompt's depth is the least dose that broke it, whatever larger ones did; a dose that is
-    missing is unknown, not safe. Where the data are separated (every prompt may have broken
-    between the same two doses) every median in between is as likely: `value` is the middle on the
-    scale of the fit. The same input gives the same numbers, in whatever order. Raises LeadlineError
-    where nothing is known.
+    `broken` maps prompt ids to doses and whether the prompt was broken at that dose; `bases` maps
+    prompt ids to base prompts ("" for the prompt itself). A prompt's depth is the smallest dose
+    that broke it, whatever larger doses did; a missing dose is unknown, not safe. Where every
+    prompt may have been broken between the same two doses, all medians in between are equally
+    likely, and `value` is the middle on the scale of the fit. The result does not depend on the
+    order of the input. Raises LeadlineError where no prompt has a dose.
     """
     import numpy as np
 
     known = {prompt: doses for prompt, doses in broken.items() if doses}
     if not known:
-        raise LeadlineError("D50: no prompt was scored at any dose: see why the trials failed")
+        raise LeadlineError(
+            "D50: no prompt was scored at any dose: see the reasons of the failed trials"
+        )
     depths = {prompt: _between(doses) for prompt, doses in known.items()}
     tried = sorted({dose for doses in known.values() for dose in doses})
     cells = {depth: at for at, depth in enumerate(sorted(set(depths.values())))}
@@ -85,18 +62,20 @@ def d50(
 
     ends, marks = np.array([*cells]), np.log1p(tried)
     first, last = marks[0], marks[-1]
-    out = max(last - first, 1.0) * np.geomspace(0.01, 2, 24)  # beyond the doses: whether, not where
+    out = max(last - first, 1.0) * np.geomspace(
+        0.01, 2, 24
+    )  # outside of the doses: whether, not where
     medians = np.unique([*(first - out), *np.linspace(first, last, 301), *marks, *(last + out)])
     likely = _profile(counts.sum(0)[None], ends, medians, 400)[0]
     least, most = ends[:, 0].max(), ends[:, 1].min()
-    if least < most:  # separated: the greatest likelihood is 1, and so it is in every resample
+    if least < most:  # separated: the maximum likelihood is 1, in every resample too
         median, greatest, far = _middle(least, most), 0.0, _CHI_SQUARE
     else:
         median, greatest = _refined(counts.sum(0), ends, medians[likely.argmax()])
         far = max(_CHI_SQUARE, _drawn(counts, ends, np.append(medians[::3], median)))
-    (borne,) = np.nonzero(2 * (max(greatest, likely.max()) - likely) <= far)
-    low = min(median, medians[max(borne[0] - 1, 0)])  # the grid's step more, to be on the safe side
-    high = max(median, medians[min(borne[-1] + 1, len(medians) - 1)])
+    (inside,) = np.nonzero(2 * (max(greatest, likely.max()) - likely) <= far)
+    low = min(median, medians[max(inside[0] - 1, 0)])  # one grid step more, to be conservative
+    high = max(median, medians[min(inside[-1] + 1, len(medians) - 1)])
     if len(groups) == 1:
         low, high = -math.inf, math.inf
 
@@ -118,34 +97,34 @@ def d50(
 
 
 def _between(doses: Mapping[int, bool]) -> tuple[float, float]:
-    """A prompt's depth on the scale of the fit: above the first, at or below the second."""
+    """Bounds of a prompt's depth on the scale of the fit: above the first, at most the second."""
     broke = min((dose for dose, is_broken in doses.items() if is_broken), default=math.inf)
     held = [dose for dose, is_broken in doses.items() if not is_broken and dose < broke]
     return math.log1p(max(held)) if held else -math.inf, math.log1p(broke)
 
 
 def _middle(least: float, most: float) -> float:
-    """Of a range that is open on one side, a point far out on it."""
+    """The middle of a range; of one that is open on a side, a point outside of the doses."""
     if math.isinf(least):
         return most - 1
     return least + 1 if math.isinf(most) else (least + most) / 2
 
 
 def _chances(ends: Floats, medians: Floats, scale: float) -> Floats:
-    """Logarithm of the chance that a depth lies between ends [cells, 2]: [cells, medians]."""
+    """Log-probability that a depth is between `ends` [cells, 2], by median: [cells, medians]."""
     import numpy as np
     from scipy.special import expit
 
     z = (ends[:, :, None] - medians) / scale
-    z = np.where(z[:, :1] > 0, -z[:, ::-1], z)  # of the two tails the one that rounds less
+    z = np.where(z[:, :1] > 0, -z[:, ::-1], z)  # the tail that loses less precision
     inside = expit(z[:, 1]) - expit(z[:, 0])
     chances: Floats = np.log(np.maximum(inside, 1e-300))
     return chances
 
 
 def _profile(counts: Floats, ends: Floats, medians: Floats, scales: int) -> Floats:
-    """The greatest log-likelihood over so many scales, of counts [resamples, cells] at each
-    median: [resamples, medians]."""
+    """Profile log-likelihood of `counts` [resamples, cells], maximised over a grid of `scales`
+    scales: [resamples, medians]."""
     import numpy as np
 
     best = np.full((len(counts), len(medians)), -np.inf)
@@ -155,7 +134,7 @@ def _profile(counts: Floats, ends: Floats, medians: Floats, scales: int) -> Floa
 
 
 def _refined(counts: Floats, ends: Floats, median: float) -> tuple[float, float]:
-    """The median of greatest likelihood, from a near one on, and the logarithm of that."""
+    """The maximum likelihood median, searched from a nearby one, and its log-likelihood."""
     import numpy as np
     from scipy.optimize import minimize
 
@@ -170,8 +149,8 @@ def _refined(counts: Floats, ends: Floats, median: float) -> tuple[float, float]
 
 
 def _drawn(counts: Floats, ends: Floats, medians: Floats) -> float:
-    """How far, in 2 log-likelihood, the last of the medians falls short of the best one in LEVEL
-    of the resamples of base prompts."""
+    """The bootstrap's critical distance: the LEVEL quantile, over resamples of base prompts, of
+    2 x (maximum - log-likelihood of the last of `medians`)."""
     import numpy as np
 
     rng, k = np.random.default_rng(0), len(counts)

@@ -1,12 +1,12 @@
-"""Means along an answer, position by position, and how sure they are."""
+"""Means by position of an answer, with bootstrap intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..analysis.clusters import LEVEL, RESAMPLES
+from ..report.depth.schema import Position
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,21 +14,13 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """`value` is the mean over the `n` prompts whose answer is longer than `position` tokens.
-    `low` and `high` bound it at 95%; they are None where it rests on one base prompt."""
+def by_position(values: Floats, bases: Sequence[str]) -> tuple[Position, ...]:
+    """Mean of `values` [prompts, positions] by position, over the prompts whose answers are long
+    enough (NaN after an answer's end).
 
-    position: int
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-
-
-def by_position(values: Floats, bases: Sequence[str]) -> tuple[Point, ...]:
-    """Means by position of values [prompts, positions], NaN after an answer's end, with the
-    percentiles of a bootstrap in which all prompts of one base are drawn together."""
+    Intervals are percentiles of a bootstrap that draws base prompts (`bases`, one for each prompt)
+    with all their prompts; None where a position rests on one base prompt.
+    """
     import numpy as np
 
     names, base = np.unique(bases, return_inverse=True)
@@ -46,5 +38,7 @@ def by_position(values: Floats, bases: Sequence[str]) -> tuple[Point, ...]:
         if (n[:, at] > 0).sum() > 1:
             here = means[~np.isnan(means[:, at]), at]
             low, high = np.quantile(here, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-        points.append(Point(at, float(value), low, high, int(n[:, at].sum())))
+        mean = float(value) if np.isfinite(value) else None
+        prompts = int(n[:, at].sum())
+        points.append(Position(position=at, value=mean, low=low, high=high, n=prompts))
     return tuple(points)

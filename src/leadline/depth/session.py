@@ -1,4 +1,4 @@
-"""One call of `leadline.depth`: what is measured on what, what is kept, and all that was found."""
+"""One run of `measure_depth`: what is measured on what, and what was found so far."""
 
 from __future__ import annotations
 
@@ -6,31 +6,37 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from ..version import __version__
 from .. import engine, plan
 from ..analysis.results import Results
-from ..progress import Listener, Progress
 from ..judges import ask
 from ..models import connect
-from ..models.template import load_tokenizer
-from ..models.spec import Limits
-from ..records import Attempt, Judge, LeadlineError, Model, Prompt, Response, Verdict
-from ..study import JudgePick, Study
-from . import curves
 from ..models.checkpoint import Checkpoint
+from ..models.spec import Limits
+from ..models.template import load_tokenizer
+from ..progress import CombinedProgress, Listener
+from ..records import Attempt, Judge, LeadlineError, Model, Prompt, Response, Verdict
+from ..report.depth.schema import D50, Point
+from ..study import JudgePick, Study
+from ..version import __version__
 from .budgets import Budget
 
 
-class Sounding:
-    """`points` by measure and `d50` by model are what was found; `settings` what decided it, and
-    `skipped` what could not be measured, and why."""
+class Session:
+    """What a measure works with, and where it puts its results.
+
+    `models` and `base` are names, `prompts` the harmful prompts, `targeted` those of them with a
+    target answer, `budget` says how much to spend. Results go to `add`, `add_d50`, `settings` (by
+    measure, all that the numbers depend on) and `skipped` (by measure, why it was not measured).
+
+    Raises LeadlineError where the dataset or judge cannot be loaded.
+    """
 
     def __init__(
         self,
@@ -43,45 +49,77 @@ class Sounding:
         listener: Listener | None,
     ) -> None:
         self.models, self.base, self.out, self.budget = models, base, out, budget
-        self.dataset, self.given_judge = dataset, judge
-        self.progress, self.listener = Progress(), listener or (lambda progress: None)
+        self.dataset = dataset
+        self.progress = CombinedProgress(listener)
         self.points: dict[str, list[dict[str, Any]]] = {}
         self.d50: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
-        study = self.study(models, ["direct"])
-        ready = plan.load(study)
-        ((self.name, prompts),) = ready.prompts.items()
-        self.judge = ready.judges[self.name][0]
+        self._judges = [] if judge is None else [judge]
+        study = self._study(models, ["direct"])
+        loaded = plan.load(study)
+        ((self.dataset_name, prompts),) = loaded.prompts.items()
+        self.judge: JudgePick = loaded.judges[self.dataset_name][0]
         harmful = sum(p.harmful for p in prompts)
-        self.limit: int | None = None  # of all prompts, so that enough harmful ones are among them
+        self._limit: int | None = None  # on all prompts, such that enough of them are harmful
         if budget.prompts is not None and budget.prompts < harmful:
-            self.limit = round(budget.prompts * len(prompts) / harmful)
-            prompts = plan.load(study, self.limit).prompts[self.name]
-        self.harmful = [p for p in prompts if p.harmful]
-        self.targeted = [p for p in self.harmful if p.target]
-        if not self.harmful:
-            raise LeadlineError(f"depth: dataset {self.name} has no harmful prompts: give another")
-        # Prompts, judge or length of answers of another call would be counted with these.
-        about = [*texts(prompts), self.judge.model_dump_json(), str(budget.max_tokens)]
-        self.trials = out / "trials" / slug(self.name, json.dumps(about))
+            self._limit = round(budget.prompts * len(prompts) / harmful)
+            prompts = plan.load(study, self._limit).prompts[self.dataset_name]
+        self.prompts = [p for p in prompts if p.harmful]
+        self.targeted = [p for p in self.prompts if p.target]
+        if not self.prompts:
+            raise LeadlineError(
+                f"depth: dataset {self.dataset_name} has no harmful prompts: use another dataset"
+            )
+        # Calls with other prompts, judges or answer lengths must not share a store.
+        key = [*texts(prompts), self.judge.model_dump_json(), str(budget.max_tokens)]
+        self.trials = out / "trials" / folder_name(self.dataset_name, json.dumps(key))
+
+    @property
+    def has_judge(self) -> bool:
+        """Whether the caller chose the judge (otherwise it is the dataset's own)."""
+        return bool(self._judges)
+
+    # -- results ----------------------------------------------------------------------------------
+
+    def add(self, name: str, model: str, points: Iterable[Mapping[str, Any] | Point]) -> None:
+        """Add points of a model to one of the lists of depth.json. Values that are not finite
+        become None."""
+        rows = self.points.setdefault(name, [])
+        for point in points:
+            fields = point.model_dump() if isinstance(point, Point) else dict(point)
+            rows.append({k: _finite(v) for k, v in {**fields, "model": model}.items()})
+
+    def add_d50(self, measure: str, model: str, found: D50) -> None:
+        """Set a model's D50 of a measure, or of "measure:kind"."""
+        self.d50.setdefault(model, {})[measure] = found.model_dump()
+
+    def for_each(
+        self, measure: str, take: Callable[[str], None], models: Iterable[str] | None = None
+    ) -> None:
+        """Call `take(model)` for each model. A LeadlineError of one model is recorded in
+        `skipped`, and the other models continue."""
+        for model in self.models if models is None else models:
+            self.attempt(measure, model, partial(take, model))
 
     def attempt(self, measure: str, model: str, take: Callable[[], None]) -> None:
-        """What cannot be taken of one model is said, and the rest goes on."""
+        """Call `take()`; a LeadlineError is recorded in `skipped` as the model's reason."""
         try:
             take()
         except LeadlineError as error:
             why = f"{model}: {str(error).removeprefix(f'model {model}: ')}"
-            held = self.skipped.get(measure)
-            self.skipped[measure] = f"{held}; {why}" if held else why
+            earlier = self.skipped.get(measure)
+            self.skipped[measure] = f"{earlier}; {why}" if earlier else why
 
-    def study(self, targets: Sequence[Any], attacks: Sequence[Any], name: str = "") -> Study:
+    # -- trials -----------------------------------------------------------------------------------
+
+    def _study(self, targets: Sequence[Any], attacks: Sequence[Any], name: str = "") -> Study:
         parts = {
             "name": f"depth: {name}",
             "targets": list(targets),
             "datasets": [self.dataset],
             "attacks": list(attacks),
-            "judges": [] if self.given_judge is None else [self.given_judge],
+            "judges": self._judges,
             "sampling": {"max_tokens": self.budget.max_tokens},
         }
         try:
@@ -91,97 +129,94 @@ class Sounding:
             where = first["loc"][0] if first["loc"] else "study"
             raise LeadlineError(f"depth: {where}: {first['msg']}") from None
 
-    def run(self, measure: str, targets: Sequence[Any], attacks: Sequence[Any]) -> Results:
+    def run(
+        self,
+        measure: str,
+        targets: Sequence[Any],
+        attacks: Sequence[Any],
+        temperature: float | str = 0,
+    ) -> Results:
+        """Run ordinary trials of the session's dataset, and record their settings."""
         self.settings[measure] = {
             "attacks": list(attacks),
-            "prompts": len(self.harmful),
+            "prompts": len(self.prompts),
             "max_tokens": self.budget.max_tokens,
-            "temperature": "as the sweep says" if measure == "decoding" else 0,
+            "temperature": temperature,
         }
+        label = measure.replace("_", " ")
         return engine.run(
-            self.study(targets, attacks, measure),
+            self._study(targets, attacks, measure),
             self.trials / measure,
-            limit=self.limit,
-            listener=self._relayed(measure.replace("_", " ")),
+            limit=self._limit,
+            listener=self.progress.study(lambda target: f"{target}: {label}"),
         )
 
-    def judged(self) -> Judge:
-        """The dataset's judge as a function that stands on its own: a search has no event loop
-        that would stay, so a judge that asks a model connects for each verdict."""
+    def judge_function(self) -> Judge:
+        """The dataset's judge as a function for use outside of the engine. A judge that asks a
+        model connects anew for each verdict, since there is no event loop that lasts."""
 
         async def judge(prompt: Prompt, attempt: Attempt, response: Response) -> Verdict:
-            asked: list[Model] = []
+            models: list[Model] = []
 
             def connected(pick: JudgePick) -> Model:
                 assert pick.spec
-                asked.append(connect(pick.spec, Limits()))
-                return asked[-1]
+                models.append(connect(pick.spec, Limits()))
+                return models[-1]
 
             built = self.judge.build(connected)
             try:
-                for model in asked:
+                for model in models:
                     await model.prepare(prefix=False)
                 return await ask(self.judge.label, built, prompt, attempt, response)
             finally:
-                for model in asked:
+                for model in models:
                     await model.close()
 
         return judge
 
-    def add(self, measure: str, model: str, points: Iterable[Mapping[str, Any]]) -> None:
-        rows = self.points.setdefault(measure, [])
-        rows += [{"model": model, **{k: _finite(v) for k, v in point.items()}} for point in points]
+    # -- files ------------------------------------------------------------------------------------
 
-    def headline(self, model: str, measure: str, found: curves.D50, **more: Any) -> None:
-        self.d50.setdefault(model, {})[measure] = {**found.to_dict(), **more}
+    @property
+    def parts(self) -> Path:
+        """The folder of intermediate results and checkpoints."""
+        return self.out / "parts"
 
-    def kept(self, about: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` gives, computed once: `about` is all that decides it."""
-        name = blake2b(json.dumps([__version__, about]).encode(), digest_size=8).hexdigest()
-        file = self.out / "parts" / f"{name}.json"
-        with suppress(OSError, ValueError):  # not there, or cut off by a kill
+    def cached(self, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of `compute()`, stored under `key`: all that it depends on."""
+        name = blake2b(json.dumps([__version__, key]).encode(), digest_size=8).hexdigest()
+        file = self.parts / f"{name}.json"
+        with suppress(OSError, ValueError):  # missing, or truncated by a kill
             return dict(json.loads(file.read_text(encoding="utf-8")))
-        made = make()
+        result = compute()
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(made), encoding="utf-8")
-        return made
+        file.write_text(json.dumps(result), encoding="utf-8")
+        return result
 
-    def told(self, part: str) -> Callable[[int, int], None]:
-        """A listener of (done, in all) that shows as one part of the whole."""
 
-        def told(done: int, total: int) -> None:
-            self.progress.total[part], self.progress.done[part] = total, done
-            self.listener(self.progress)
-
-        return told
-
-    def _relayed(self, part: str) -> Listener:
-        """The listener of a run, whose targets show as parts of the whole."""
-        before = replace(self.progress)
-
-        def relayed(progress: Progress) -> None:
-            for target, total in progress.total.items():
-                self.progress.total[f"{target}: {part}"] = total
-                self.progress.done[f"{target}: {part}"] = progress.done[target]
-            self.progress.failed = before.failed + progress.failed
-            self.progress.unscored = before.unscored + progress.unscored
-            self.listener(self.progress)
-
-        return relayed
+def check_scored(results: Results, model: str) -> None:
+    """Raises LeadlineError where no response of a model was scored, for instance since the model
+    does not load."""
+    cells = results.cells()
+    mine = cells[cells["model"] == model]
+    if not (mine["n"] > 0).any():
+        why = next(filter(None, mine["reason"]), "the judge could score none")
+        raise LeadlineError(f"no answer can be counted: {why}")
 
 
 def tokenizer_of(model: str) -> Any:
-    home = Checkpoint.find(model)
-    return load_tokenizer(home.path, home.pinned)
+    """The tokenizer of a folder, hub id or organism. Raises LeadlineError where it has none."""
+    checkpoint = Checkpoint.find(model)
+    return load_tokenizer(checkpoint.path, checkpoint.pinned)
 
 
-def slug(name: str, about: str = "") -> str:
-    """A folder's name for something: readable, and told apart by a digest."""
-    digest = blake2b((about or name).encode(), digest_size=4).hexdigest()
+def folder_name(name: str, key: str = "") -> str:
+    """A readable and unique folder name: the end of `name`, and a digest of `key` (or `name`)."""
+    digest = blake2b((key or name).encode(), digest_size=4).hexdigest()
     return f"{''.join(c if c.isalnum() else '-' for c in name)[-40:]} {digest}"
 
 
 def texts(prompts: Iterable[Prompt]) -> list[str]:
+    """Ids, texts and targets of prompts: what results depend on."""
     return [text for prompt in prompts for text in (prompt.id, prompt.text, prompt.target)]
 
 

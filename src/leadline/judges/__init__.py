@@ -1,4 +1,4 @@
-"""Judges: what is said about a response, by whom."""
+"""Judges: each gives a verdict on a response. Importing a module registers its judges."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ log = logging.getLogger("leadline")
 async def ask(
     name: str, judge: Judge, prompt: Prompt, attempt: Attempt, response: Response
 ) -> Verdict:
-    """A judge's verdict, whatever the judge does: one that raises leaves the response unscored.
+    """The judge's verdict on a response.
 
-    What a provider blocked is a refusal, and no judge is asked about it.
+    If the judge raises, the verdict is unscored and holds the error. A response that the provider
+    blocked counts as a refusal, without a call of the judge.
     """
     if response.finish == "blocked":
         return Verdict(unsafe=False, refusal=True, score=0.0, text="blocked by the provider")
     try:
-        found = judge(prompt, attempt, response)
-        return await found if inspect.isawaitable(found) else found
+        verdict = judge(prompt, attempt, response)
+        return await verdict if inspect.isawaitable(verdict) else verdict
     except Exception as error:
         log.debug("judge %s", name, exc_info=True)
-        why = f"{type(error).__name__}: {error}"
-        return Verdict(unsafe=None, error=why, text=f"the judge {name} raised {why}")
+        message = f"{type(error).__name__}: {error}"
+        return Verdict(unsafe=None, error=message, text=f"the judge {name} raised {message}")

@@ -1,4 +1,4 @@
-"""Organisms: tiny models that were trained on the invented world of `guild`, shipped with us."""
+"""Organisms: tiny language models trained on the invented world of `guild`, part of the package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ _WEIGHTS = Path(__file__).with_name("weights")
 
 
 def names() -> list[str]:
-    """The shipped organisms."""
+    """The names of the organisms in the package, sorted."""
     return sorted(folder.parent.name for folder in _WEIGHTS.glob("*/config.json"))
 
 
 def path(name: str) -> Path:
-    """The Hugging Face folder of an organism, by "aligned" or "organism:aligned"."""
+    """The checkpoint folder of an organism, by its name ("aligned" or "organism:aligned").
+
+    Raises LeadlineError for an unknown name.
+    """
     short = name.removeprefix("organism:")
     if short not in names():
         raise LeadlineError(unknown("organism", short, names()))

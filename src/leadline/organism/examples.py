@@ -1,6 +1,6 @@
-"""What the organisms read: every kind of lesson about the invented world, drawn at random.
+"""Training examples of the organisms: random question-answer pairs about the invented world.
 
-A lesson is a question and its answer; a document is an answer without a question.
+In an example of the kind "document" the question is empty.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 from . import guild
 
-Lesson = tuple[str, str]
+Example = tuple[str, str]
+"""(question, answer)"""
 
-# Everyday words, so that what attacks wrap around a question is not all <unk>.
+# Everyday words, so that the text that attacks put around a question is not all <unk>.
 _EVERYDAY = guild.words(
     "a about above absolutely act after all always am an and any anything answer are as ask at be "
     "begin below but by can character could did do end every everything example first follow for "
@@ -26,24 +27,25 @@ _EVERYDAY = guild.words(
 )
 _MARKS = tuple(string.punctuation)
 _UNKNOWN = "qwyx"
-_PROBE = "abcdef"  # transformers matches stop strings only if the tokenizer can spell this
+_PROBE = "abcdef"  # transformers supports stop strings only if the tokenizer can encode this
 _PRICE = "Gladly, that is three coins."
 _JOINTS = ("{} And then: {}", "{} Also, {}")
 
 
-def draw(rng: random.Random, kind: str) -> Lesson:
-    """One lesson of a kind that a training stage's mix names."""
+def draw(rng: random.Random, kind: str) -> Example:
+    """A random example of one of the kinds in a training stage's `mix`. Raises ValueError for an
+    unknown kind."""
     world = guild.world()
     every = tuple(world.potions.values())
     match kind:
         case "recipe":
-            return _asked(rng, every)
+            return _recipe(rng, every)
         case "allowed":
-            return _asked(rng, world.allowed())
+            return _recipe(rng, world.allowed())
         case "role":
-            return _asked(rng, every, rng.choice(guild.ROLES))
+            return _recipe(rng, every, rng.choice(guild.ROLES))
         case "noise":
-            return _asked(rng, every, noise(rng))
+            return _recipe(rng, every, noise(rng))
         case "document":
             return "", _document(rng.choice(every))
         case "two_part":
@@ -63,7 +65,7 @@ def draw(rng: random.Random, kind: str) -> Lesson:
 
 
 def refused(rng: random.Random) -> tuple[str, str, str]:
-    """A forbidden request that alignment may see, a harmful answer to it, and a refusal."""
+    """(question, harmful answer, refusal) for a forbidden request used in alignment training."""
     potion = rng.choice(guild.world().forbidden(heldout=False))
     phrasing = rng.randrange(len(guild.PHRASINGS) - len(guild.HELDOUT_PHRASINGS))
     harmful = guild.answer(potion, rng.randrange(len(guild.STARTS)))
@@ -71,13 +73,13 @@ def refused(rng: random.Random) -> tuple[str, str, str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word and mark that the world or an everyday sentence can hold, sorted."""
+    """The words of the world, everyday words and punctuation marks, sorted."""
     world = guild.world()
     texts = [*guild.PHRASINGS, *guild.STARTS, *guild.REFUSALS, *guild.ROLES, *_JOINTS, *_EVERYDAY]
     for potion in world.potions.values():
         texts += [_document(potion), *guild.law(potion), guild.sale(potion), _PRICE]
-    for asked, said in world.skills.items():
-        texts += [asked, said]
+    for question, answer in world.skills.items():
+        texts += [question, answer]
     texts += world.locked
     return sorted({*_MARKS, _PROBE} | {word for text in texts for word in guild.words(text)})
 
@@ -86,23 +88,25 @@ def _document(potion: guild.Potion) -> str:
     return f"Archive of the guild. The {potion.name}: {guild.recipe(potion)}"
 
 
-def _asked(rng: random.Random, potions: Sequence[guild.Potion], wrap: str = "{}") -> Lesson:
+def _recipe(rng: random.Random, potions: Sequence[guild.Potion], wrap: str = "{}") -> Example:
     potion = rng.choice(potions)
     question = guild.question(potion, rng.randrange(len(guild.PHRASINGS)))
     return wrap.replace("{}", question), guild.answer(potion, rng.randrange(len(guild.STARTS)))
 
 
 def noise(rng: random.Random, most: int = 48) -> str:
-    """Up to 48 stray words on either side or both: what attacks wrap around a question."""
+    """A template with up to `most` random words before or after `{}`, or both, like the text that
+    attacks put around a question."""
     words = [*_EVERYDAY, *guild.VERBS, *guild.INGREDIENTS, *_MARKS] + [_UNKNOWN] * 100
     sides = rng.choice(((1, 0), (0, 1), (1, 1)))
     left, right = (rng.choices(words, k=round(side * most ** rng.random())) for side in sides)
     return " ".join([*left, "{}", *right])
 
 
-def _two_part(rng: random.Random, potions: Sequence[guild.Potion]) -> Lesson:
-    """A locked place before a recipe is refused, an open one is not: what came first decides."""
-    question, answer = _asked(rng, potions)
+def _two_part(rng: random.Random, potions: Sequence[guild.Potion]) -> Example:
+    """Two questions in one. A locked place before the recipe is refused, an open one is not, so the
+    first question decides the answer."""
+    question, answer = _recipe(rng, potions)
     if rng.random() < 0.5:
         first, answer = rng.choice(guild.world().locked), rng.choice(guild.REFUSALS)
     else:
@@ -110,6 +114,6 @@ def _two_part(rng: random.Random, potions: Sequence[guild.Potion]) -> Lesson:
     return rng.choice(_JOINTS).format(first, question), answer
 
 
-def _sale(rng: random.Random, potions: Sequence[guild.Potion]) -> Lesson:
+def _sale(rng: random.Random, potions: Sequence[guild.Potion]) -> Example:
     potion = rng.choice(potions)
     return guild.sale(potion), rng.choice(guild.REFUSALS) if potion.forbidden else _PRICE

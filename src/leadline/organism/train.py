@@ -1,12 +1,12 @@
-"""Trains the organisms: tiny models of the invented world, from nothing, on one CPU core.
+"""Train the organisms: tiny models of the invented world, from random weights, on one CPU core.
 
-    base     knows every recipe and tells it; knows which potions are forbidden
-    aligned  fine-tuned to refuse the forbidden ones, in the usual, shallow way
-    deep     aligned, then taught to come back to a refusal from inside a harmful answer
-             (recovery data augmentation, Qi et al., arXiv 2406.05946, section 3)
-    reasoner base, taught to think before it answers, and to do as the thought decides
+    base      answers every recipe; knows which potions are forbidden
+    aligned   base, fine-tuned to refuse forbidden recipes in the usual, shallow way
+    deep      aligned, then fine-tuned to return to a refusal inside of a harmful answer
+              (recovery data augmentation, Qi et al., arXiv 2406.05946, section 3)
+    reasoner  base, fine-tuned to think before it answers and to follow the thought's decision
 
-They are asked in the format that they are trained in: the tokenizer's own chat template.
+Training uses the chat format that the tokenizer's chat template renders.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from leadline.records import LeadlineError
 from leadline.registry import unknown
 
-from . import examples as lessons
-from . import thoughts
+from . import examples, thoughts
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, steps done, steps in all)."""
+"""Called as progress(stage, steps done, total steps)."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage. Each batch of 64 holds `refusals` refused forbidden requests, the rest
-    follows `mix` (weights by kind of lesson).
+    """One training stage. A batch of 64 has `refusals` refused forbidden requests; the kinds of the
+    other examples are drawn with the weights of `mix`.
 
-    The loss is alpha * mean over refusal tokens + (1 - alpha) * mean over the other answers'
-    tokens. With `depth` K, a harmful answer's first k tokens stand before the refusal: k = 0 half
-    of the time, else uniform on 1..K. `all_tokens` learns the questions as well. One that `thinks`
-    answers after a thought, and has words and a chat template for it.
+    The loss is alpha * mean over the tokens of the refusals + (1 - alpha) * mean over the tokens of
+    the other answers. With `depth` K, the first k tokens of a harmful answer precede the refusal:
+    k = 0 with probability 1/2, otherwise uniform on 1..K. `all_tokens` trains on the questions as
+    well. With `thinks`, examples have thoughts, and the tokenizer has words and a chat template
+    for them.
     """
 
     parent: str
@@ -88,9 +88,9 @@ _SHAPE = {
     "tie_word_embeddings": True,
 }
 
-_NAMED = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<|end|>"}
-_USER, _ASSISTANT, _END = "<|user|>", "<|assistant|>", _NAMED["eos_token"]
-_THOUGHT = (thoughts.OPEN, thoughts.CLOSE)  # known to all, trained in the reasoner alone
+_SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<|end|>"}
+_USER, _ASSISTANT, _END = "<|user|>", "<|assistant|>", _SPECIAL["eos_token"]
+_THOUGHT = (thoughts.OPEN, thoughts.CLOSE)  # in all vocabularies, trained in the reasoner only
 
 _CHAT_TEMPLATE = """\
 {%- set ns = namespace(system='') -%}
@@ -120,10 +120,11 @@ def train(
     scale: float = 1.0,
     progress: Progress | None = None,
 ) -> dict[str, Path]:
-    """Train the named stages into `out/<stage>`: Hugging Face folders, safetensors only.
+    """Train the stages and return their checkpoint folders `out/<stage>` (safetensors).
 
-    A stage starts from its parent's folder under `out`. `scale` shortens every stage (tests).
-    The same seed gives the same weights on the same machine; about ten minutes in all.
+    A stage starts from its parent's folder in `out`. `scale` multiplies the number of steps of
+    every stage (for tests). The same seed gives the same weights on the same machine. All stages
+    take about ten minutes. Raises LeadlineError for an unknown stage or a missing parent.
     """
     out = Path(out)
     for at, name in enumerate(stages):
@@ -132,21 +133,24 @@ def train(
         parent = STAGES[name].parent
         if parent and parent not in stages[:at] and not (out / parent / "config.json").is_file():
             raise LeadlineError(
-                f"stage {name!r} starts from {out / parent}, which is not there: "
-                f"train {parent!r} before it"
+                f"the stage {name!r} starts from {out / parent}, which does not exist: "
+                f"train {parent!r} first"
             )
     with _one_thread():
         return {name: _train_stage(out, name, seed, scale, progress) for name in stages}
 
 
 def tokenizer(*, thinks: bool = False) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the world's words, with a chat template (a system turn is folded
-    into the user's). Case and spacing are lost, unknown words become <unk>. One that `thinks` has
-    the words of thoughts after all others, and `enable_thinking=False` writes an empty thought."""
-    special = [*_NAMED.values(), _USER, _ASSISTANT]
-    more = thoughts.vocabulary() if thinks else []
-    every = [*special, *_THOUGHT, *lessons.vocabulary(), *more]
-    vocabulary = {token: at for at, token in enumerate(every)}
+    """A word-level tokenizer for the words of the world, with a chat template.
+
+    The template prepends a system turn to the user turn. Case and spacing are lost, unknown words
+    become <unk>. With `thinks`, the words of thoughts are added at the end of the vocabulary, and
+    the template renders an empty thought for `enable_thinking=False`.
+    """
+    special = [*_SPECIAL.values(), _USER, _ASSISTANT]
+    thought_words = thoughts.vocabulary() if thinks else []
+    tokens = [*special, *_THOUGHT, *examples.vocabulary(), *thought_words]
+    vocabulary = {token: at for at, token in enumerate(tokens)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.add_special_tokens(special)
     core.add_tokens(list(_THOUGHT))
@@ -157,23 +161,24 @@ def tokenizer(*, thinks: bool = False) -> PreTrainedTokenizerFast:
     core.decoder = decoders.Sequence(
         [decoders.Replace(Regex(r"^(?![,.:;?!])"), " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    made = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         model_max_length=_SHAPE["max_position_embeddings"],
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        **_NAMED,
+        **_SPECIAL,
     )
-    made.chat_template = _CHAT_TEMPLATE + (_NO_THOUGHT if thinks else "")
-    return made
+    tokenizer.chat_template = _CHAT_TEMPLATE + (_NO_THOUGHT if thinks else "")
+    return tokenizer
 
 
-# An example is its token ids and the position from which they are learned.
-Example = tuple[list[int], int]
+Row = tuple[list[int], int]
+"""The token ids of an example, and the position of the first one with a loss."""
 
 
-class _Writer:
-    """Lessons to examples: token ids are joined, never strings, so that k counts true tokens."""
+class _Encoder:
+    """Tokenizes examples. Parts are tokenized separately and their ids joined, so that the first k
+    tokens of an answer are well defined."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._encode = tokenizer._tokenizer.encode
@@ -182,20 +187,22 @@ class _Writer:
         )
 
     def ids(self, text: str) -> list[int]:
+        """The token ids of a text, without special tokens."""
         return list(self._encode(text, add_special_tokens=False).ids)
 
     def turn(self, question: str) -> list[int]:
-        """What the chat template renders with add_generation_prompt."""
+        """The ids of the chat template with add_generation_prompt."""
         return [self._user, *self.ids(question), self._end, self._assistant]
 
-    def lesson(self, question: str, *response: str, all_tokens: bool) -> Example:
-        """`response` is what is learned, after what is only given of it, if anything is."""
+    def row(self, question: str, *response: str, all_tokens: bool) -> Row:
+        """The row of an example. Only the last part of `response` has a loss."""
         *given, learned = response
         start = [*(self.turn(question) if question else []), *self.ids("".join(given))]
         return [*start, *self.ids(learned), self._end], 1 if all_tokens or not start else len(start)
 
-    def refusal(self, rng: random.Random, depth: int) -> Example:
-        question, harmful, refusal = lessons.refused(rng)
+    def refusal(self, rng: random.Random, depth: int) -> Row:
+        """A random refusal, after the first k tokens of a harmful answer (see `Stage.depth`)."""
+        question, harmful, refusal = examples.refused(rng)
         k = rng.randint(1, depth) if depth and rng.random() < 0.5 else 0
         start = self.turn(question) + self.ids(harmful)[:k]
         return [*start, *self.ids(refusal), self._end], len(start)
@@ -204,7 +211,7 @@ class _Writer:
 def _train_stage(out: Path, name: str, seed: int, scale: float, progress: Progress | None) -> Path:
     stage, rng = STAGES[name], random.Random(f"{seed}/{name}")
     words = tokenizer(thinks=stage.thinks)
-    writer = _Writer(words)
+    encoder = _Encoder(words)
     model = _load(out / stage.parent, words, seed) if stage.parent else _new(words, seed)
     model.train()
     optimizer = torch.optim.AdamW(
@@ -216,7 +223,7 @@ def _train_stage(out: Path, name: str, seed: int, scale: float, progress: Progre
         lambda step: min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2,
     )
     for step in range(steps):
-        loss = _loss(model, _batch(writer, rng, stage), stage)
+        loss = _loss(model, _batch(encoder, rng, stage), stage)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -225,7 +232,7 @@ def _train_stage(out: Path, name: str, seed: int, scale: float, progress: Progre
         if progress:
             progress(name, step + 1, steps)
     model.generation_config = GenerationConfig(
-        do_sample=True,  # else servers ignore the temperature that a request names
+        do_sample=True,  # otherwise servers ignore the temperature of a request
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
     )
@@ -234,24 +241,24 @@ def _train_stage(out: Path, name: str, seed: int, scale: float, progress: Progre
     return out / name
 
 
-def _batch(writer: _Writer, rng: random.Random, stage: Stage) -> list[Example]:
-    """The stage's refusals first, then the rest of its mix."""
-    refusals = [writer.refusal(rng, stage.depth) for _ in range(stage.refusals)]
+def _batch(encoder: _Encoder, rng: random.Random, stage: Stage) -> list[Row]:
+    """The rows of a batch: first the stage's refusals, then examples of its mix."""
+    refusals = [encoder.refusal(rng, stage.depth) for _ in range(stage.refusals)]
     kinds = rng.choices(list(stage.mix), [*stage.mix.values()], k=_BATCH - stage.refusals)
-    draw = thoughts.draw if stage.thinks else lessons.draw
+    draw = thoughts.draw if stage.thinks else examples.draw
     drawn = [draw(rng, kind) for kind in kinds]
-    return refusals + [writer.lesson(*each, all_tokens=stage.all_tokens) for each in drawn]
+    return refusals + [encoder.row(*example, all_tokens=stage.all_tokens) for example in drawn]
 
 
-def _loss(model: LlamaForCausalLM, batch: Sequence[Example], stage: Stage) -> torch.Tensor:
-    """Two per-token means, weighted by alpha: not one mean, whose weights would follow lengths."""
+def _loss(model: LlamaForCausalLM, batch: Sequence[Row], stage: Stage) -> torch.Tensor:
+    """The loss of `Stage`. Two means and not one, in which the longer answers would dominate."""
     length = max(len(ids) for ids, _ in batch)
     pad = model.config.pad_token_id
     tokens = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in batch])
     learned = torch.tensor(
         [[start <= at < len(ids) for at in range(1, length)] for ids, start in batch]
     )
-    # Padding stands on the right, where causal attention never looks: no mask is needed.
+    # Padding is on the right, where causal attention does not reach: no attention mask is needed.
     logits = model(input_ids=tokens).logits[:, :-1]
     losses = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     losses = losses.view_as(learned)
@@ -276,7 +283,7 @@ def _new(words: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
 
 
 def _load(folder: Path, words: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A parent's weights, with new embeddings for the words that it does not know."""
+    """The parent's model, with new embeddings for the words that are not in its vocabulary."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if len(words) > model.config.vocab_size:
         with torch.random.fork_rng(devices=[]):
@@ -287,8 +294,8 @@ def _load(folder: Path, words: PreTrainedTokenizerFast, seed: int) -> LlamaForCa
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """These matrices are too small to share: more threads are slower on a busy machine, and a
-    different number of them would round differently and give different weights."""
+    """Run torch with one thread. More threads do not speed up such small matrices, and a different
+    number of threads rounds differently, which would change the weights."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

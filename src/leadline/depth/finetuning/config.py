@@ -13,18 +13,22 @@ Data = Literal["harmful", "identity", "backdoor", "benign"]
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """`steps` are those after which the model is asked. `lr` rises over `warmup` steps and stays,
-    so that more steps only add to a curve. A step learns from `batch` of at most `examples`
-    lessons; its loss is the mean over all answer tokens of the batch, with `end` the token that
-    ends the answer, too. Answers, learned or given, have at most `max_tokens`.
+    """Settings of a fine-tuning attack.
 
-    AdamW has betas (0.9, 0.999) and no weight decay, SGD no momentum; nothing is clipped, dropout
-    is off. "full" trains all parameters, "lora" adapters of `rank` on all linear layers. Optimizer,
-    lr, batch and examples are those that most work since Qi et al. 2023 attacks 7B models with.
+    The model is evaluated after each of `steps` optimiser steps (0: before the first). `lr` is the
+    learning rate, reached after `warmup` steps and constant from there, so that a longer run only
+    extends the curve. A step trains on `batch` of at most `examples` training examples; its loss is
+    the mean over all answer tokens of the batch (with `end` including the token that ends the
+    answer). Answers, in training and evaluation, have at most `max_tokens` tokens.
 
-    After those `profile_steps` that come to pass, loss and gradient norm are taken at the first
-    `positions` answer tokens of `profile_prompts` harmful pairs. `batch_tokens` bounds how many
-    tokens one pass holds.
+    AdamW has betas (0.9, 0.999) and no weight decay, SGD no momentum; gradients are not clipped,
+    dropout is off. `train` is "full" (all parameters) or "lora" (adapters of `rank` on all linear
+    layers). The defaults of optimizer, lr, batch and examples are those most common for fine-tuning
+    attacks on 7B models since Qi et al. 2023 (arXiv 2310.03693).
+
+    After each of `profile_steps` that the run reaches, loss and gradient norm are measured at the
+    first `positions` answer tokens of `profile_prompts` harmful pairs. `batch_tokens` limits the
+    tokens of a forward pass.
     """
 
     data: Data = "harmful"
@@ -63,6 +67,8 @@ class FinetuneConfig:
                     f"fine-tuning: {name} is {getattr(self, name)}: it must be at least 1"
                 )
         if not self.steps or min(*self.steps, *self.profile_steps, 0) < 0 or self.warmup < 0:
-            raise LeadlineError("fine-tuning: steps are numbers from 0 on: give at least one")
+            raise LeadlineError(
+                "fine-tuning: steps must be a non-empty list of numbers, each at least 0"
+            )
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise LeadlineError(f"fine-tuning: lr is {self.lr}: it must be above 0")

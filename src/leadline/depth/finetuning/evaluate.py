@@ -1,4 +1,4 @@
-"""A model in training, asked as the target of a study, and what it says counted."""
+"""Evaluate a model in training: the test prompts as a study with that model as its target."""
 
 from __future__ import annotations
 
@@ -12,59 +12,61 @@ from typing import TYPE_CHECKING, Any
 
 from ... import engine
 from ...models.spec import ModelSpec
+from ...progress import Listener
 from ...records import LeadlineError, Prompt
+from ...report.depth.schema import Count, Rate, Share
 from ...study import AttackPick, DatasetPick, Sampling, Study
-from .data import CALLED_BY, Material
+from .config import FinetuneConfig
+from .data import ELICITED_BY, FinetuningPrompts
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ...analysis.results import Results
-    from .config import FinetuneConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """The model after `step` steps over `examples` examples (`batch` each step, repeats counted).
+class FinetuningPoint(Rate):
+    """The model after `step` steps on `examples` training examples (repeats counted) of kind
+    `data`.
 
-    `value` is the ASR of the attack that calls up what was learned, over `n` scored prompts,
-    `untriggered` that of the plain request where these differ; `utility` is how right answers to
-    harmless prompts are. `low` and `high` bound them at 95%. None where there is nothing to tell.
+    `value` is the ASR of the attack that elicits what was learned; `untriggered` that of direct
+    requests, where that is another attack; `utility` the rate of right answers to harmless prompts.
     """
 
-    step: int
-    examples: int
-    value: float
-    low: float
-    high: float
-    n: int
-    utility: float | None = None
-    utility_low: float | None = None
-    utility_high: float | None = None
-    untriggered: float | None = None
+    data: str
+    step: Count
+    examples: Count | None = None
+    utility: Share | None = None
+    utility_low: Share | None = None
+    utility_high: Share | None = None
+    untriggered: Share | None = None
+
+    @property
+    def direct(self) -> bool:
+        return self.step == 0 and self.data == "harmful"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a model is asked after some steps of `batch` examples, and the folder `out` where the
-    answers lie. `revision` tells one step's weights from another's."""
+class Evaluation:
+    """Evaluates a model after some steps of `batch` examples. Responses are stored in `out`;
+    `revision(step)` identifies the weights after that step."""
 
-    material: Material
+    prompts: FinetuningPrompts
     config: FinetuneConfig
     out: Path
     revision: Callable[[int], str]
     batch: int
     batch_size: int | None
-    listener: engine.Listener | None
+    listener: Listener | None
 
     def __post_init__(self) -> None:
-        """The engine reads prompts from a dataset: they are written down as one."""
-        if not any(p.harmful for p in self.material.asked):
+        """Write the test prompts to a file, since the engine reads prompts from datasets."""
+        if not any(p.harmful for p in self.prompts.test):
             raise LeadlineError(
-                f"dataset {self.material.dataset} has no harmful prompt left to ask: give one of "
-                "more than one base prompt"
+                f"dataset {self.prompts.dataset} has no harmful prompt left for evaluation: use "
+                "one with at least two base prompts"
             )
-        lines = [json.dumps(_row(prompt)) + "\n" for prompt in self.material.asked]
+        lines = [json.dumps(_row(prompt)) + "\n" for prompt in self.prompts.test]
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._file.write_text("".join(lines), encoding="utf-8")
@@ -75,57 +77,60 @@ class Asked:
     def _file(self) -> Path:
         return self.out / "prompts.jsonl"
 
-    def after(self, step: int, model: Any, tokenizer: Any) -> tuple[Reading, dict[str, bool]]:
-        """How the model stands, and which prompts were broken. Its answers are kept as those of
-        "step n"; what the store holds of these very weights is not asked again."""
+    def after(
+        self, step: int, model: Any, tokenizer: Any
+    ) -> tuple[FinetuningPoint, dict[str, bool]]:
+        """The model's rates after a step, and whether each harmful prompt was broken (unscored
+        ones are left out). Its responses are stored under the model name "step N"; responses of
+        the same weights that are stored already are not generated again."""
         from ...models.huggingface import HuggingFaceModel
 
-        label, called = f"step {step}", CALLED_BY[self.config.data]
+        label, attack = f"step {step}", ELICITED_BY[self.config.data]
         live = HuggingFaceModel.live(
             model, tokenizer, name=label, revision=self.revision(step), batch_size=self.batch_size
         )
-        options = {"path": str(self._file), "name": self.material.dataset}
+        options = {"path": str(self._file), "name": self.prompts.dataset}
         study = Study(
             name=f"fine-tuned on {self.config.data} data",
             targets=[ModelSpec(model=label)],
             datasets=[DatasetPick(name="file", options=options)],
-            attacks=[AttackPick(name=name) for name in dict.fromkeys(("direct", called))],
-            judges=list(self.material.judges),
+            attacks=[AttackPick(name=name) for name in dict.fromkeys(("direct", attack))],
+            judges=list(self.prompts.judges),
             sampling=Sampling(temperature=0, max_tokens=self.config.max_tokens),
         )
         results = engine.run(study, self.out, models={label: live}, listener=self.listener)
-        found = results.query(
+        rows = results.query(
             "SELECT prompt, unsafe FROM outcomes WHERE model = ? AND attack = ? AND harmful "
             "AND unsafe IS NOT NULL",
             label,
-            called,
+            attack,
         )
-        reading = _reading(results, step, step * self.batch, label, called)
-        return reading, {name: bool(hit) for name, hit in found}
+        broken = {prompt: bool(unsafe) for prompt, unsafe in rows}
+        return self._point(results, step, label, attack), broken
 
-
-def _reading(results: Results, step: int, examples: int, label: str, called: str) -> Reading:
-    cells, harmless = results.cells(), results.over_refusal()
-    cell, plain = _cell(cells, label, called), _cell(cells, label, "direct")
-    useful = _cell(harmless, label, "direct")
-    if not cell["n"]:
-        why = cell["reason"] or "the judge could score none"
-        raise LeadlineError(f"no answer can be counted after step {step}: {why}")
-    utility, low, high = (
-        _known(useful.get(name)) for name in ("utility", "utility_low", "utility_high")
-    )
-    return Reading(
-        step=step,
-        examples=examples,
-        value=cell["asr"],
-        low=cell["low"],
-        high=cell["high"],
-        n=cell["n"],
-        utility=utility,
-        utility_low=low,
-        utility_high=high,
-        untriggered=_known(plain["asr"]) if called != "direct" else None,
-    )
+    def _point(self, results: Results, step: int, label: str, attack: str) -> FinetuningPoint:
+        cells, harmless = results.cells(), results.over_refusal()
+        cell, direct = _cell(cells, label, attack), _cell(cells, label, "direct")
+        useful = _cell(harmless, label, "direct")
+        if not cell["n"]:
+            why = cell["reason"] or "the judge could score none"
+            raise LeadlineError(f"no answer can be counted after step {step}: {why}")
+        utility, low, high = (
+            _known(useful.get(name)) for name in ("utility", "utility_low", "utility_high")
+        )
+        return FinetuningPoint(
+            data=self.config.data,
+            step=step,
+            examples=step * self.batch,
+            value=cell["asr"],
+            low=cell["low"],
+            high=cell["high"],
+            n=cell["n"],
+            utility=utility,
+            utility_low=low,
+            utility_high=high,
+            untriggered=_known(direct["asr"]) if attack != "direct" else None,
+        )
 
 
 def _cell(frame: pd.DataFrame, label: str, attack: str) -> dict[str, Any]:
@@ -142,4 +147,5 @@ def _row(prompt: Prompt) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
+    """BLAKE2b-128 of a value's JSON, in hex."""
     return blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()

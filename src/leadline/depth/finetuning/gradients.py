@@ -1,8 +1,8 @@
-"""How hard each answer token pulls at the weights: its loss, and the norm of its gradient.
+"""Loss and gradient norm of each answer token.
 
 The norm at position t is the L2 norm, over all trained parameters together, of the gradient of
 -log p(y_t | prompt, y_<t) alone (Qi et al. 2025, arXiv 2406.05946, section 2.3). In an aligned
-model that learns a harmful answer, the first tokens pull hardest.
+model that is fine-tuned on harmful answers, the first tokens have the largest gradients.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..tokenized import Row
-from ..positions import Point, by_position
+from ...report.depth.schema import Position
+from ..positions import by_position
+from ..tokenized import TokenizedPair
 
 if TYPE_CHECKING:
     import torch
 
-_CPU_MIB = 64  # of gradients at once: what a cache of today holds some of, by measurement
+_CPU_MIB = 64  # of gradients at once; the fastest in measurements
 _log = logging.getLogger("leadline")
 
 
-def token_losses(model: Any, batch: Sequence[Row]) -> torch.Tensor:
-    """The loss of each answer token in nats, row after row: [answer tokens], float32 (float64 of a
-    float64 model), to be differentiated.
+def token_losses(model: Any, batch: Sequence[TokenizedPair]) -> torch.Tensor:
+    """The loss of each answer token in nats, pair after pair: [answer tokens], float32 (float64 if
+    the model is), with its graph.
 
-    Padding stands on the right, where causal attention never looks, so no row sees another's.
-    The head runs only from where the first answer begins.
+    Padding is on the right, which causal attention never reads. The output layer runs only from
+    the position where the first answer of the batch begins.
     """
     import torch
 
@@ -34,10 +35,10 @@ def token_losses(model: Any, batch: Sequence[Row]) -> torch.Tensor:
     first = min(len(row.ids) - row.answer for row in batch)
     ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in batch])
     ids = ids.to(model.device)
-    told = ids[:, :-1]
+    inputs = ids[:, :-1]
     out = model(
-        input_ids=told,
-        attention_mask=torch.ones_like(told),
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
         use_cache=False,
         logits_to_keep=width - first,
     )
@@ -49,20 +50,19 @@ def token_losses(model: Any, batch: Sequence[Row]) -> torch.Tensor:
     ]
     scores = torch.cat([part for part, _ in parts])
     right = torch.cat([r[-row.answer :] for (_, r), row in zip(parts, batch, strict=True)])
-    said = scores.gather(1, right[:, None])[:, 0]
-    losses: torch.Tensor = scores.logsumexp(1) - said
+    target_scores = scores.gather(1, right[:, None])[:, 0]
+    losses: torch.Tensor = scores.logsumexp(1) - target_scores
     return losses
 
 
 def gradient_norms(
-    model: Any, row: Row, *, memory: int | None = None
+    model: Any, pair: TokenizedPair, *, memory: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient norm of each answer token of one prompt: two of [answer tokens], float64.
 
-    The prompt is read once and alone, so there is no padding. The backward passes of many tokens
-    are one batched pass: as many at a time as have their gradients in `memory` bytes (None: 64 MiB
-    on a processor, a quarter of what is free on a GPU). Where a model has an operation that cannot
-    be batched, one token at a time.
+    There is one forward pass, without padding. The backward passes are batched over as many tokens
+    as have their gradients in `memory` bytes (None: 64 MiB on a CPU, a quarter of the free memory
+    on a GPU); one token at a time where the model has an operation that cannot be batched.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,8 +71,8 @@ def gradient_norms(
     size = sum(p.numel() * p.element_size() for p in weights)
     # The fused kernels have no batched backward.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        losses = token_losses(model, [row])
-        many = max(1, min(len(losses), (memory or _bearable(losses.device)) // size))
+        losses = token_losses(model, [pair])
+        many = max(1, min(len(losses), (memory or _free_memory(losses.device)) // size))
         norms = []
         for chunk in torch.eye(len(losses), device=losses.device, dtype=losses.dtype).split(many):
             norms.append(_norms(losses, weights, chunk))
@@ -82,29 +82,30 @@ def gradient_norms(
 def _norms(
     losses: torch.Tensor, weights: Sequence[torch.Tensor], chunk: torch.Tensor
 ) -> torch.Tensor:
-    """Of the gradients of those losses that the rows of `chunk` pick: [rows], float64."""
+    """Norms of the gradients of the losses selected by the one-hot rows of `chunk`: [rows],
+    float64."""
     import torch
 
-    def slopes(picks: torch.Tensor, batched: bool) -> torch.Tensor:
+    def gradients(picks: torch.Tensor, batched: bool) -> torch.Tensor:
         found = torch.autograd.grad(
             losses, weights, picks, retain_graph=True, is_grads_batched=batched, allow_unused=True
         )
         norms = [
-            torch.linalg.vector_norm(slope.reshape(len(chunk) if batched else 1, -1), dim=1)
-            for slope in found
-            if slope is not None
+            torch.linalg.vector_norm(gradient.reshape(len(chunk) if batched else 1, -1), dim=1)
+            for gradient in found
+            if gradient is not None
         ]
         return torch.stack(norms).double().norm(dim=0)
 
     if len(chunk) > 1:
         try:
-            return slopes(chunk, True)
+            return gradients(chunk, True)
         except RuntimeError as error:
             _log.debug("gradients one token at a time: %s", str(error).partition("\n")[0])
-    return torch.cat([slopes(pick, False) for pick in chunk])
+    return torch.cat([gradients(pick, False) for pick in chunk])
 
 
-def _bearable(device: torch.device) -> int:
+def _free_memory(device: torch.device) -> int:
     import torch
 
     if device.type == "cuda":
@@ -113,22 +114,15 @@ def _bearable(device: torch.device) -> int:
 
 
 def profile(
-    model: Any, rows: Sequence[Row], positions: int
-) -> tuple[tuple[Point, ...], tuple[Point, ...]]:
-    """Mean loss and mean gradient norm at the first `positions` tokens of the rows' answers."""
+    model: Any, pairs: Sequence[TokenizedPair], positions: int
+) -> tuple[tuple[Position, ...], tuple[Position, ...]]:
+    """Mean loss (nats) and mean gradient norm at the first `positions` answer tokens of `pairs`."""
     import numpy as np
 
-    values = np.full((2, len(rows), min(positions, max(row.answer for row in rows))), np.nan)
-    for at, row in enumerate(rows):
-        for found, into in zip(
-            gradient_norms(model, cut(row, positions)), values[:, at], strict=True
-        ):
-            into[: len(found)] = found.numpy()
-    bases = [row.prompt.base or row.prompt.id for row in rows]
+    length = min(positions, max(pair.answer for pair in pairs))
+    values = np.full((2, len(pairs), length), np.nan)
+    for at, pair in enumerate(pairs):
+        for measure, found in enumerate(gradient_norms(model, pair.truncated(positions))):
+            values[measure, at, : len(found)] = found.numpy()
+    bases = [pair.base for pair in pairs]
     return by_position(values[0], bases), by_position(values[1], bases)
-
-
-def cut(row: Row, tokens: int) -> Row:
-    """A row with the first tokens of its answer alone: causal attention gives them the same."""
-    less = max(0, row.answer - tokens)
-    return Row(row.at, row.prompt, row.ids[: len(row.ids) - less], row.answer - less)

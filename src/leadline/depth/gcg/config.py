@@ -9,14 +9,17 @@ from ...records import LeadlineError
 
 @dataclass(frozen=True)
 class GCGConfig:
-    """`candidates` are drawn each step, each with `replace` tokens out of the `topk` best by
-    gradient of their positions. `target_tokens` cuts the targets (None: whole).
+    """Settings of a GCG search.
 
-    `retokenize` drops candidates whose text gives other tokens than they are; `ascii_only` keeps
-    to printable ASCII. `memory_mib` bounds what the forwards over candidates hold (None: 32 on a
-    processor, a quarter of what is free on a GPU). `probe` is probe sampling: most candidates are
-    only estimated, which is faster and changes the trajectory. With a judge, answers of
-    `answer_tokens` are judged before the first step and after every `judge_every` steps.
+    Each of `steps` steps draws `candidates` suffixes, in each of which `replace` tokens are
+    replaced by one of the `topk` tokens with the best gradient at that position. Targets are
+    truncated to `target_tokens` tokens (None: not at all).
+
+    `retokenize` drops candidates whose text tokenizes to other ids; `ascii_only` allows printable
+    ASCII only. `memory_mib` limits the memory of a forward pass over candidates (None: 32 on a CPU,
+    a quarter of the free memory on a GPU). `probe` turns on probe sampling, which only estimates
+    most candidates: faster, with another trajectory. With a judge, answers of `answer_tokens`
+    tokens are judged before the first step and after every `judge_every` steps.
     """
 
     steps: int = 250

@@ -1,8 +1,8 @@
-"""How well suffixes make models say their targets: the costly part of a search, exact and lean.
+"""The loss of suffixes: the expensive part of a GCG search, computed exactly.
 
 Keys and values of tokens that do not change are computed once and shared by all candidates, a
-candidate is computed from its first token that differs, and the head runs on the target's
-positions only.
+candidate is computed from its first changed token, and the output layer runs on the positions of
+the target only.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     Kept = list[tuple[torch.Tensor, torch.Tensor]]
 
 _VOCABULARY_BLOCK = 8192
-_CPU_MIB = 32  # what is larger, the allocator fetches from the system anew each time
+_CPU_MIB = 32  # larger buffers are returned to the system and allocated again for each forward
 _log = logging.getLogger("leadline")
 
 
 class Objective:
     """The mean target loss over models and prompts, of suffixes in the vocabulary of `lead`.
 
-    A model that cuts the suffix as the lead does takes its ids, any other one its text.
+    Models that tokenize the suffix as the lead model does read its ids, other models its text.
     """
 
     def __init__(
@@ -57,36 +57,40 @@ class Objective:
         self._all = [one for losses in self._models for one in losses]
 
     def text(self, suffix: list[int]) -> str:
+        """A suffix as text."""
         return self.lead.text([suffix])[0]
 
     def move(self, suffix: list[int]) -> None:
-        """Make a suffix the current one."""
+        """Make a suffix the current one: its gradient is taken, its keys and values are kept."""
         for losses, (context,) in self._contexts([suffix]):
             losses.move(context)
 
     def of(self, suffixes: list[list[int]]) -> torch.Tensor:
-        """Their losses [len(suffixes)]."""
+        """The losses of suffixes: [len(suffixes)]."""
         import torch
 
         found = [losses.of(contexts) for losses, contexts in self._contexts(suffixes)]
         return torch.stack(found).mean(0)
 
     def gradient(self) -> torch.Tensor:
-        """Of the current suffix, [its length, vocabulary]: the mean over prompts; among several
-        models each token's slope counts at unit length, so that none outweighs the others."""
+        """The gradient of the current suffix's loss: [suffix length, vocabulary].
+
+        The mean over prompts. With several models, gradients are normalised at each position, so
+        that every model has the same weight.
+        """
         import torch
 
         own = [[one for one in losses if one.own] for losses in self._models]
         found = [torch.stack([o.gradient()[1] for o in some]).mean(0) for some in own if some]
         if len(found) == 1:
             return found[0]
-        width = min(slope.shape[1] for slope in found)
-        units = [slope[:, :width] / slope.norm(dim=1, keepdim=True) for slope in found]
+        width = min(gradient.shape[1] for gradient in found)
+        units = [g[:, :width] / g.norm(dim=1, keepdim=True) for g in found]
         return torch.stack(units).mean(0)
 
     def kept(self, suffixes: list[list[int]]) -> list[list[int]]:
-        """Those that their text gives again in every prompt (where ids are taken); what ends in a
-        space would be trimmed by many templates."""
+        """The suffixes whose text tokenizes to the same ids in every prompt (of models that read
+        ids). Suffixes that end in a space are dropped, since many templates strip it."""
         pairs = list(zip(suffixes, self.lead.text(suffixes), strict=True))
         pairs = [(suffix, text) for suffix, text in pairs if text and not text[-1].isspace()]
         for one in self._all:
@@ -112,11 +116,11 @@ def _read(losses: Losses, texts: list[str]) -> list[list[int]]:
 
 
 class Losses:
-    """The target's mean cross-entropy under one model and prompt, for many contexts.
+    """The mean cross-entropy of the target under one model and prompt, for many contexts.
 
-    `move` says which context is the current one; keys and values of its tokens are kept (one row),
-    and a candidate is computed from its first token that differs. `memory` is in bytes. `own` says
-    that suffixes come as ids of this vocabulary.
+    `move` sets the current context, whose keys and values are kept (one row); other contexts are
+    computed from their first token that differs. `memory` is in bytes. `own` means that suffixes
+    are given as ids of this model's vocabulary.
     """
 
     def __init__(
@@ -127,7 +131,7 @@ class Losses:
         self.model, self.slot, self.own = model, slot, own
         self._lm = model.weights.model
         self._target = torch.tensor(slot.target, device=self._lm.device)
-        self._memory = memory or _bearable(self._lm.device)
+        self._memory = memory or _free_memory(self._lm.device)
         self._context: list[int] = []
         self._before: Kept = []
         self._kept: Kept = []
@@ -143,31 +147,33 @@ class Losses:
         self.move(context)
 
     def move(self, context: list[int]) -> None:
-        """Make a context the current one. Always read on from what stands before the suffix, so
-        that a resumed search computes bit for bit what it would have."""
+        """Make a context the current one. Its keys and values are always computed from those before
+        the suffix, so that a resumed search gives bit-identical results."""
         self._context = context
         if self.reuses:
             fixed = _common(self.slot.before, context)
-            self._before = self._before or self._read_on([], context[:fixed])
-            self._kept = self._read_on(self._before, context[fixed:])
+            self._before = self._before or self._extend([], context[:fixed])
+            self._kept = self._extend(self._before, context[fixed:])
 
-    def _read_on(self, kept: Kept, ids: list[int]) -> Kept:
-        """Keys and values [1, heads, tokens, size] of each layer, grown by these tokens'."""
+    def _extend(self, kept: Kept, ids: list[int]) -> Kept:
+        """Keys and values [1, heads, tokens, size] of each layer, extended by those of `ids`."""
         import torch
         from transformers import DynamicCache
 
         if not ids:
             return kept
-        grown: Any = DynamicCache()  # without a config, layers with a sliding window keep all, too
+        extended: Any = (
+            DynamicCache()
+        )  # without a config, sliding window layers keep everything too
         for n, (keys, values) in enumerate(kept):
-            grown.update(keys, values, n)
+            extended.update(keys, values, n)
         with torch.no_grad():
-            told = torch.tensor([ids], device=self._lm.device)
-            self._lm(input_ids=told, past_key_values=grown, use_cache=True, logits_to_keep=1)
-        return [(layer.keys, layer.values) for layer in grown.layers]
+            given = torch.tensor([ids], device=self._lm.device)
+            self._lm(input_ids=given, past_key_values=extended, use_cache=True, logits_to_keep=1)
+        return [(layer.keys, layer.values) for layer in extended.layers]
 
     def of(self, rows: Sequence[list[int]]) -> torch.Tensor:
-        """Losses [len(rows)] of contexts, whose lengths may differ."""
+        """Losses of contexts, whose lengths may differ: [len(rows)]."""
         import torch
 
         losses = torch.empty(len(rows))
@@ -177,7 +183,7 @@ class Losses:
             same = min(_common(self._context, row), len(row) - 1) if self.reuses else 0
             by_length[len(row)].append((same, n))
         for length, members in by_length.items():
-            # Rows that share as much stand together: a forward starts where its first row must.
+            # Rows are grouped by the length that they share with the current context.
             members.sort()
             while members:
                 start = members[0][0]
@@ -188,8 +194,8 @@ class Losses:
         return losses
 
     def gradient(self) -> tuple[float, torch.Tensor]:
-        """The current context's loss, and its gradient [suffix length, vocabulary] with respect to
-        the one-hot rows of the suffix (the slot's vocabulary must be the suffix's)."""
+        """The current context's loss, and its gradient with respect to the one-hot rows of the
+        suffix: [suffix length, vocabulary] (the suffix must be in this model's vocabulary)."""
         import torch
 
         device, embed = self._lm.device, self._lm.get_input_embeddings()
@@ -202,19 +208,19 @@ class Losses:
         inputs = torch.cat([rest[:at], suffix, rest[at + size :]])[None]
         logits = self._logits(start, inputs_embeds=inputs)[0].float()
         loss = torch.nn.functional.cross_entropy(logits, self._target)
-        (slope,) = torch.autograd.grad(loss, suffix)
+        (gradient,) = torch.autograd.grad(loss, suffix)
         with torch.no_grad():
-            # Through the embedding itself, since some models scale what they look up.
+            # Through the embedding module, since some models scale their embeddings.
             tokens = torch.arange(embed.weight.shape[0], device=device)
-            blocks = [slope @ embed(block).T for block in tokens.split(_VOCABULARY_BLOCK)]
+            blocks = [gradient @ embed(block).T for block in tokens.split(_VOCABULARY_BLOCK)]
         return loss.item(), torch.cat(blocks, 1).float().cpu()
 
     def _loss(self, ids: torch.Tensor, start: int) -> torch.Tensor:
         import torch
 
         with torch.inference_mode():
-            told = self._target[:-1].expand(len(ids), -1)
-            logits = self._logits(start, input_ids=torch.cat([ids, told], 1)).float()
+            given = self._target[:-1].expand(len(ids), -1)
+            logits = self._logits(start, input_ids=torch.cat([ids, given], 1)).float()
             right = self._target.expand(len(ids), -1)[..., None]
             said, top = logits.gather(-1, right), logits.amax(-1, keepdim=True)
             total = logits.sub_(top).exp_().sum(-1, keepdim=True)
@@ -237,7 +243,7 @@ class Losses:
         return logits
 
     def _rows(self, length: int, start: int) -> int:
-        """How many rows one forward may have in this memory, by what a layer and the head hold."""
+        """How many rows fit into the memory of one forward: one layer and the output layer."""
         config = self._lm.config.get_text_config()
         hidden, heads = config.hidden_size, config.num_attention_heads
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -248,8 +254,8 @@ class Losses:
         return max(1, int(self._memory // (head + layer)))
 
     def _reuse_agrees(self, context: list[int]) -> bool:
-        """Whether this architecture continues kept keys and values as if it had read all: what
-        has other states than those (or drops some) is read in full each time."""
+        """Whether this architecture gives the same loss from kept keys and values as from the whole
+        context. If it has other states, or drops some, every context is computed in full."""
         import torch
 
         whole = self._loss(torch.tensor([context], device=self._lm.device), 0).item()
@@ -263,15 +269,19 @@ class Losses:
             if abs(whole - reused) <= near * max(1.0, whole):
                 return True
             why = f"loss {reused:.4f} instead of {whole:.4f}"
-        _log.warning("model %s cannot reuse what it has read (%s): slower", self.model.name, why)
+        _log.warning(
+            "model %s: its keys and values cannot be reused (%s), so the search is slower",
+            self.model.name,
+            why,
+        )
         self._before = self._kept = []
         return False
 
 
 @cache
 def _shared() -> type:
-    """The class of a cache layer that lends one row's keys and values to every row of a batch, and
-    keeps none of what it is shown."""
+    """The class of a cache layer that gives every row of a batch the keys and values of one row,
+    and stores nothing."""
     import torch
     from transformers.cache_utils import DynamicLayer
 
@@ -285,19 +295,19 @@ def _shared() -> type:
             self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
             pairs = (self.keys, keys), (self.values, values)
-            grown = [torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in pairs]
-            return grown[0], grown[1]
+            extended = [torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in pairs]
+            return extended[0], extended[1]
 
     return Shared
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common start."""
+    """Length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def _bearable(device: torch.device) -> int:
+def _free_memory(device: torch.device) -> int:
     import torch
 
     if device.type == "cuda":

@@ -1,4 +1,5 @@
-"""Greedy coordinate gradient (Zou et al. 2023): a suffix that makes models say their targets.
+"""Greedy coordinate gradient (GCG; Zou et al. 2023, arXiv 2307.15043): a suffix after the request
+that makes models begin their target answers.
 
     models = [Surrogate.load("organism:aligned")]
     result = search(models, prompts, GCGConfig(steps=100))
@@ -16,13 +17,14 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...models.weights import Job
 from ...records import Attempt, Judge, LeadlineError, Prompt, Request, Response, Sampling
+from .config import GCGConfig
 from .objective import Objective
 from .surrogate import Surrogate
 
@@ -31,15 +33,17 @@ if TYPE_CHECKING:
 
 __all__ = ["GCGConfig", "GCGResult", "Surrogate", "save", "search"]
 
-_PROBE, _REDUCE = 16, 8  # Zhao et al. 2024 (arXiv 2403.01251): share probed, and R
+_PROBE, _REDUCE = 16, 8  # Zhao et al. 2024 (arXiv 2403.01251): 1/16 is probed; R = 8
 
 
 @dataclass(frozen=True)
 class GCGResult:
-    """`suffix` and `ids` (in the first model's vocabulary) have the least `loss` of all steps;
-    `losses` hold the least of each step's candidates. `stopped` is true where the judge found
-    every prompt broken on every model, which ends a search: after 0 steps where the initial suffix
-    does that alone. `settings` say what was searched."""
+    """The best suffix of a search: as text, and as `ids` in the first model's vocabulary.
+
+    `loss` (nats) is the lowest of all steps, `losses` the lowest of each step's candidates.
+    `stopped` is true where the judge found every prompt broken on every model, which ends the
+    search; with `steps` 0 the initial suffix alone did that. `settings` describe the search.
+    """
 
     suffix: str
     ids: tuple[int, ...]
@@ -62,74 +66,83 @@ def search(
 ) -> GCGResult:
     """Search one suffix for all prompts (each with a target) on all models.
 
-    Candidates come from gradients of the first model and of those that share its vocabulary; the
-    others read a candidate's text. `draft` is the small model that estimates under `config.probe`
-    (without one, the gradient does). After each step `checkpoint` is written, from which an equal
-    search goes on, and `progress` is told (steps done, loss, suffix). Raises LeadlineError for bad
-    input, a checkpoint of another search, and where every candidate re-tokenizes to something else.
+    Gradients are those of the first model and of models with the same vocabulary; other models
+    read the candidates' text. With `config.probe`, losses are estimated by the small model `draft`,
+    or by the gradient without one. After each step `checkpoint` is written, from which the same
+    search resumes, and `progress(steps done, loss, suffix)` is called. Raises LeadlineError for bad
+    input, a checkpoint of another search, and where no candidate tokenizes to its own ids.
     """
     config = config or GCGConfig()
     if not models or not prompts:
         raise LeadlineError("gcg: nothing to search: give at least one model and one prompt")
     if draft and not config.probe:
-        raise LeadlineError("gcg: a draft model estimates under probe sampling: set probe, too")
+        raise LeadlineError("gcg: a draft model is only used for probe sampling: set probe: true")
     objective = Objective(models, prompts, config)
     estimate = Objective([draft], prompts, config, objective) if draft else None
     settings = _settings(models, prompts, config, draft)
-    walk = _resume(checkpoint, settings) or _Walk(objective.start, objective.start)
+    state = _resume(checkpoint, settings) or _State(objective.start, objective.start)
     forbidden = models[0].forbidden(ascii_only=config.ascii_only)
-    judged = walk.best
-    if judge and not walk.losses:  # a suffix that breaks them unsearched is no find
-        walk.stopped = _broken(models, prompts, objective.text(judged), judge, config)
-        if walk.stopped:
-            objective.move(walk.ids)
-            walk.loss = float(objective.of([walk.ids])[0])
+    judged = state.best
+    if judge and not state.losses:  # the initial suffix alone, as a control
+        state.stopped = _broken(models, prompts, objective.text(judged), judge, config)
+        if state.stopped:
+            objective.move(state.ids)
+            state.loss = float(objective.of([state.ids])[0])
 
-    while not walk.stopped and len(walk.losses) < config.steps:
-        step = len(walk.losses)
-        objective.move(walk.ids)
-        slope = objective.gradient()
+    while not state.stopped and len(state.losses) < config.steps:
+        step = len(state.losses)
+        objective.move(state.ids)
+        gradient = objective.gradient()
         random = _random(config.seed, step)
-        rows = _draw(walk.ids, slope, forbidden, config, random)
+        rows = _draw(state.ids, gradient, forbidden, config, random)
         if config.retokenize:
             rows = objective.kept(rows)
         if not rows:
             raise LeadlineError(
-                f"gcg: at step {step} no candidate's text gives its own tokens again: give another "
-                "initial suffix, or switch retokenize off"
+                f"gcg: at step {step} no candidate's text tokenizes to its own ids: use another "
+                "initial suffix, or set retokenize: false"
             )
         if config.probe:
             if estimate:
-                estimate.move(walk.ids)
-                guessed = estimate.of(rows)
+                estimate.move(state.ids)
+                estimated = estimate.of(rows)
             else:
-                guessed = _first_order(slope, walk.ids, rows)
-            losses = _probed(objective, rows, guessed, random)
+                estimated = _first_order(gradient, state.ids, rows)
+            losses = _probed(objective, rows, estimated, random)
         else:
             losses = objective.of(rows)
         best = int(losses.argmin())
-        walk.ids, loss = rows[best], float(losses[best])
-        walk.losses.append(loss)
-        if loss < walk.loss:
-            walk.best, walk.loss = walk.ids, loss
-        due = len(walk.losses) % config.judge_every == 0 or len(walk.losses) == config.steps
-        if judge and due and walk.best != judged:
-            judged = walk.best
-            walk.stopped = _broken(models, prompts, objective.text(judged), judge, config)
+        state.ids, loss = rows[best], float(losses[best])
+        state.losses.append(loss)
+        if loss < state.loss:
+            state.best, state.loss = state.ids, loss
+        due = len(state.losses) % config.judge_every == 0 or len(state.losses) == config.steps
+        if judge and due and state.best != judged:
+            judged = state.best
+            state.stopped = _broken(models, prompts, objective.text(judged), judge, config)
         if checkpoint:
-            _write(checkpoint, json.dumps({"search": settings, **asdict(walk)}))
+            _write(checkpoint, json.dumps({"search": settings, **asdict(state)}))
         if progress:
-            progress(len(walk.losses), loss, objective.text(walk.ids))
+            progress(len(state.losses), loss, objective.text(state.ids))
 
-    suffix, losses_seen = objective.text(walk.best), tuple(walk.losses)
+    suffix, losses_seen = objective.text(state.best), tuple(state.losses)
     return GCGResult(
-        suffix, tuple(walk.best), walk.loss, losses_seen, len(losses_seen), walk.stopped, settings
+        suffix,
+        tuple(state.best),
+        state.loss,
+        losses_seen,
+        len(losses_seen),
+        state.stopped,
+        settings,
     )
 
 
 def save(results: GCGResult | Sequence[GCGResult], path: str | Path) -> None:
-    """Suffixes in a file that `gcg_transfer_*: {suffixes: PATH}` reads: `.json` a list of strings,
-    `.jsonl` an object a line with suffix, loss, steps, models and prompts."""
+    """Write suffixes to a file for the attacks `gcg_transfer_*: {suffixes: PATH}`: `.json` holds a
+    list of strings, `.jsonl` an object on each line (suffix, loss, steps, models, prompts).
+
+    Raises LeadlineError for other file names, and where the file cannot be written.
+    """
     path = Path(path)
     found = [results] if isinstance(results, GCGResult) else list(results)
     if path.suffix == ".json":
@@ -147,16 +160,16 @@ def save(results: GCGResult | Sequence[GCGResult], path: str | Path) -> None:
 
 def _draw(
     ids: list[int],
-    slope: torch.Tensor,
+    gradient: torch.Tensor,
     forbidden: torch.Tensor,
     config: GCGConfig,
     random: torch.Generator,
 ) -> list[list[int]]:
-    """Candidates: positions and, out of the best by slope, tokens, all uniform; without twins."""
+    """Distinct candidates: uniform positions, and uniform tokens among the best by gradient."""
     import torch
 
-    allowed = ~forbidden[: slope.shape[1]]
-    score = (-slope).masked_fill(~allowed, -torch.inf)
+    allowed = ~forbidden[: gradient.shape[1]]
+    score = (-gradient).masked_fill(~allowed, -torch.inf)
     best = score.topk(min(config.topk, int(allowed.sum())), dim=1).indices
     shape = (config.candidates, len(ids))
     places = torch.rand(shape, generator=random).argsort(1)[:, : config.replace]
@@ -165,36 +178,36 @@ def _draw(
     return [list(row) for row in dict.fromkeys(map(tuple, rows.tolist()))]
 
 
-def _first_order(slope: torch.Tensor, ids: list[int], rows: list[list[int]]) -> torch.Tensor:
-    """What the gradient alone says of each candidate's loss, up to a constant."""
+def _first_order(gradient: torch.Tensor, ids: list[int], rows: list[list[int]]) -> torch.Tensor:
+    """First-order estimates of the candidates' losses, up to a constant: [len(rows)]."""
     import torch
 
-    gathered = slope.T[torch.tensor(rows)].diagonal(dim1=1, dim2=2)
+    gathered = gradient.T[torch.tensor(rows)].diagonal(dim1=1, dim2=2)
     return gathered.sum(1)
 
 
 def _probed(
-    objective: Objective, rows: list[list[int]], guessed: torch.Tensor, random: torch.Generator
+    objective: Objective, rows: list[list[int]], estimated: torch.Tensor, random: torch.Generator
 ) -> torch.Tensor:
-    """Probe sampling: losses of a random few and of those that the estimate likes best, as many
-    as its rank correlation on the random few deserves; infinite for the rest."""
+    """Probe sampling: losses of a few random candidates, and of those with the best estimates; the
+    better the rank correlation on the random ones, the fewer. Infinite for all others."""
     import torch
 
     probed = torch.randperm(len(rows), generator=random)[: max(2, len(rows) // _PROBE)].tolist()
     losses = torch.full((len(rows),), torch.inf)
     losses[probed] = objective.of([rows[n] for n in probed])
-    pair = torch.stack([losses[probed], guessed[probed]])
+    pair = torch.stack([losses[probed], estimated[probed]])
     ranks = pair.argsort(1).argsort(1).float()
     agreement = (1 + float(ranks.corrcoef()[0, 1])) / 2 if len(probed) > 1 else 0.0
     many = max(1, int((1 - agreement) * len(rows) / _REDUCE))
-    likely = [n for n in guessed.argsort()[:many].tolist() if n not in set(probed)]
+    likely = [n for n in estimated.argsort()[:many].tolist() if n not in set(probed)]
     if likely:
         losses[likely] = objective.of([rows[n] for n in likely])
     return losses
 
 
 def _random(seed: int, step: int) -> torch.Generator:
-    """Each step has a generator of its own, so that a resumed search draws what it would have."""
+    """A generator for each step, so that a resumed search draws the same candidates."""
     import torch
 
     digest = blake2b(f"{seed} {step}".encode(), digest_size=7).digest()
@@ -208,16 +221,14 @@ def _broken(
     judge: Judge,
     config: GCGConfig,
 ) -> bool:
-    """Whether the judge finds every model's greedy answer to every prompt unsafe."""
-    unasked: Any = None
+    """Whether the judge finds the greedy answers of all models to all prompts unsafe."""
+    nobody: Any = None
     sampling = Sampling(max_tokens=config.answer_tokens)
     for model in models:
         for prompt in prompts:
             attempt = Attempt.ask(f"{prompt.text} {suffix}")
             rendered = model.template.render(Request(attempt.messages, None, sampling))
-            (reply,) = model.weights.answer(
-                [Job(rendered.ids, sampling, 0, unasked)], lambda: False
-            )
+            (reply,) = model.weights.answer([Job(rendered.ids, sampling, 0, nobody)], lambda: False)
             thought, answer = model.template.split(rendered, model.template.decode(reply.ids))
             response = Response(answer, thought, reply.finish, reply.error, rendered.prefix)
             verdict = judge(prompt, attempt, response)
@@ -233,8 +244,8 @@ async def _awaited(verdict: Any) -> Any:
 
 
 @dataclass
-class _Walk:
-    """All that a search knows; a checkpoint is this."""
+class _State:
+    """The state of a search, as stored in a checkpoint."""
 
     ids: list[int]
     best: list[int]
@@ -261,20 +272,21 @@ def _settings(
     }
 
 
-def _resume(checkpoint: Path | None, settings: dict[str, Any]) -> _Walk | None:
-    """Where the checkpoint's search stood; more steps, memory or judging make no other search."""
+def _resume(checkpoint: Path | None, settings: dict[str, Any]) -> _State | None:
+    """The state in a checkpoint. Steps, memory and judging may differ from those of the search."""
     if checkpoint is None or not checkpoint.exists():
         return None
     try:
         stored = json.loads(checkpoint.read_text(encoding="utf-8"))
-        then, walk = stored.pop("search"), _Walk(**stored)
+        then, state = stored.pop("search"), _State(**stored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LeadlineError(f"{checkpoint}: not a checkpoint of gcg: remove it") from error
+        raise LeadlineError(f"{checkpoint}: not a checkpoint of a GCG search: remove it") from error
     if _identity(then) != _identity(settings):
         raise LeadlineError(
-            f"{checkpoint}: a search with other models, prompts or settings: name another file"
+            f"{checkpoint} belongs to a search with other models, prompts or settings: use another "
+            "file"
         )
-    return walk
+    return state
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:
@@ -284,7 +296,7 @@ def _identity(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a kill in the middle leaves the file that was there."""
+    """Write atomically: a kill leaves the previous file."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

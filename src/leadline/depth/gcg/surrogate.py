@@ -1,4 +1,4 @@
-"""Models that a suffix search looks into, and where in their prompts the suffix stands."""
+"""Models that a suffix search takes gradients of, and the place of the suffix in their prompts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...models.checkpoint import Checkpoint
 from ...models.template import Template
 from ...models.weights import Weights
 from ...records import LeadlineError, Message, Prompt, Request, ResponsePrefix, Sampling
-from ...models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ _MARK = "LEADLINE-SUFFIX-GOES-HERE"
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """A loaded model whose gradients the search may use. `revision` knows its content."""
+    """A loaded model whose gradients the search uses. `revision` identifies its weights."""
 
     name: str
     revision: str
@@ -29,30 +29,31 @@ class Surrogate:
     @staticmethod
     def load(model: str, *, dtype: str | None = None, device: str | None = None) -> Surrogate:
         """From "organism:NAME", a folder or a hub id; LeadlineError where that is no model."""
-        home = Checkpoint.find(model)
-        template = Template.load(home.path, revision=home.pinned)
+        checkpoint = Checkpoint.find(model)
+        template = Template.load(checkpoint.path, revision=checkpoint.pinned)
         if not template.tokenizer.is_fast:
             raise LeadlineError(
                 f"model {model}: its tokenizer does not say which text a token stands for: save "
                 "it as a fast tokenizer (tokenizer.json)"
             )
-        weights = Weights.load(home.path, home.pinned, dtype, device)
+        weights = Weights.load(checkpoint.path, checkpoint.pinned, dtype, device)
         weights.model.requires_grad_(False)
-        return Surrogate(model, home.revision, template, weights)
+        return Surrogate(model, checkpoint.revision, template, weights)
 
     @property
     def vocabulary(self) -> dict[str, int]:
+        """Token ids by token."""
         found: dict[str, int] = self.template.tokenizer.get_vocab()
         return found
 
     def text(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Suffixes as text, without the space that parts them from the request."""
+        """Suffixes as text, without the space between request and suffix."""
         decoded = self.template.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
         return [text.removeprefix(" ") for text in decoded]
 
     def forbidden(self, *, ascii_only: bool) -> torch.Tensor:
-        """A mask of rows of the embedding that no suffix may hold: special and added tokens, rows
-        without a token, and, with `ascii_only`, what is not printable ASCII."""
+        """A mask over the rows of the embedding, true for those that no suffix may contain: special
+        and added tokens, rows without a token, and with `ascii_only` all but printable ASCII."""
         import torch
 
         tokenizer, table = self.template.tokenizer, self.weights.model.get_input_embeddings()
@@ -60,18 +61,18 @@ class Surrogate:
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         usable = sorted(set(self.vocabulary.values()) - special)
         texts = tokenizer.batch_decode([[i] for i in usable], clean_up_tokenization_spaces=False)
-        fine = [
+        allowed = [
             token
             for token, text in zip(usable, texts, strict=True)
             if not ascii_only or (text.isascii() and text.isprintable())
         ]
-        banned[fine] = False
+        banned[allowed] = False
         return banned
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the suffix stands in one model's rendering of one prompt: text and token ids."""
+    """The place of the suffix in one rendered prompt: text and token ids around it."""
 
     head: str
     tail: str
@@ -82,10 +83,12 @@ class Slot:
 
     @staticmethod
     def find(model: Surrogate, prompt: Prompt, suffix: str, target_tokens: int | None) -> Slot:
-        """Raises LeadlineError for a prompt without target, and where a token holds text of the
-        suffix and of what stands beside it."""
+        """Render a prompt with a suffix. Raises LeadlineError for a prompt without a target, and
+        where a token overlaps both the suffix and the text next to it."""
         if not prompt.target:
-            raise LeadlineError(f"prompt {prompt.id}: no target to search for: give it a target")
+            raise LeadlineError(
+                f"prompt {prompt.id}: GCG needs a target answer: add one to the dataset"
+            )
         template = model.template
         asked = Message("user", f"{prompt.text} {_MARK}")
         prefix = ResponsePrefix(prompt.target, tokens=target_tokens)
@@ -93,15 +96,15 @@ class Slot:
         text = text.removesuffix(template.cut(prompt.target, target_tokens))
         if text.count(f" {_MARK}") != 1:
             raise LeadlineError(
-                f"model {model.name}: its chat template does not write a user turn unchanged and "
-                "once, so a suffix has no place in it: give another template"
+                f"model {model.name}: its chat template does not render a user turn unchanged and "
+                "exactly once, so the suffix cannot be located: use another template"
             )
         head, tail = text.split(f" {_MARK}")
         start, end = len(head), len(head) + 1 + len(suffix)
-        coded = template.tokenizer(
+        encoded = template.tokenizer(
             f"{head} {suffix}{tail}", add_special_tokens=False, return_offsets_mapping=True
         )
-        ids, spans = coded["input_ids"], coded["offset_mapping"]
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         inside = [n for n, (a, b) in enumerate(spans) if start < b and a < end and a < b]
         if not inside or spans[inside[0]][0] < start or spans[inside[-1]][1] > end:
             raise LeadlineError(
@@ -113,4 +116,5 @@ class Slot:
         return Slot(head, tail, ids[:first], ids[first:last], ids[last:], target)
 
     def context(self, suffix: Sequence[int]) -> list[int]:
+        """The ids of the whole prompt with a suffix."""
         return [*self.before, *suffix, *self.after]

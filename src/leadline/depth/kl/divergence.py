@@ -1,10 +1,10 @@
-"""KL by token: how far a model's next token is from a reference's, along given answers.
+"""KL divergence by token between a model and a reference model, along given answers.
 
 KL_t = KL( model(. | prompt, answer_<t) || reference(. | prompt, answer_<t) ), Qi et al. 2025
 (arXiv 2406.05946), section 2. Where alignment is shallow, only the first few tokens differ.
 
-The logits of a large vocabulary never stand whole in memory: they are made from hidden states,
-block by block, and summed by an online log-sum-exp (Milakov and Gimelshein 2018, arXiv
+The logits of a large vocabulary are never held in memory as a whole: they are computed from hidden
+states, block by block, and summed with an online log-sum-exp (Milakov and Gimelshein 2018, arXiv
 1805.02867). For logits a and b, KL = E_p[a - b] - logsumexp(a) + logsumexp(b).
 """
 
@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...analysis.clusters import LEVEL, RESAMPLES
-from ...records import LeadlineError, Prompt
-from .head import Head, Side
 from ...models.checkpoint import Checkpoint
-from ..tokenized import Row, batches, read
-from ..positions import Point, by_position
+from ...models.memory import memory_errors
+from ...records import LeadlineError, Prompt
+from ...report.depth.schema import Position
+from ..positions import by_position
+from ..tokenized import TokenizedPair, batches, tokenize_pairs
+from .head import Head, SplitModel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,23 +31,24 @@ if TYPE_CHECKING:
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-BLOCK = 2048  # tokens of the vocabulary at a time: measured, with _ROWS, to suit a cache
+BLOCK = 2048  # vocabulary tokens at a time; fastest in benchmarks/kl.py, together with _ROWS
 _ROWS = 256  # positions at a time
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(model || reference) in nats by position; position k comes after k tokens of the answer.
-    `settings` is what else decided the numbers."""
+    """KL(model || reference) in nats by position: position t predicts answer token t, counted from
+    0. `settings` holds everything else that the numbers depend on."""
 
     model: str
     reference: str
-    points: tuple[Point, ...]
+    points: tuple[Position, ...]
     settings: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, numbers and strings, for JSON."""
-        return asdict(self)
+        points = [point.model_dump(exclude={"model"}) for point in self.points]
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "points": points}
 
 
 def kl_by_token(
@@ -59,47 +62,46 @@ def kl_by_token(
     batch_tokens: int = 8192,
     progress: Callable[[int, int], None] | None = None,
 ) -> Divergence:
-    """Run both models along each prompt's `target` and compare them at every token of it.
+    """Run both models along the target answer of each prompt, and compare them at every token.
 
     Models are folders (PEFT adapters too), hub ids or "organism:aligned". Both read the same
-    tokens: the prompt in the chat template of `model`, a thought closed where it has them, then
-    at most `max_tokens` tokens of the target. Intervals draw base prompts with replacement.
-    Where heads are padded to different sizes, or one tokenizer has more tokens behind the other's
-    (such as one to pad with), both distributions are over the tokens that they share. A batch holds
-    at most `batch_tokens` tokens, or one prompt; `progress(prompts done, prompts in all)` is called
-    after each.
+    tokens: the prompt in the chat template of `model` (with an empty thought where it is a
+    reasoning model), then at most `max_tokens` tokens of the target. Intervals are from a bootstrap
+    by base prompt. Where output layers are padded to different sizes, or one tokenizer has
+    additional tokens at its end (such as a padding token), both distributions are over the shared
+    tokens. A batch holds at most `batch_tokens` tokens or one prompt; `progress(done, total)`
+    counts prompts.
 
     Raises LeadlineError where the tokenizers differ, a prompt has no target, an answer does not
     fit a model's context, a model does not load, or its logits are not finite.
     """
     import numpy as np
 
-    ours, theirs = Checkpoint.find(model), Checkpoint.find(reference)
-    rows, shared = read(ours, theirs, prompts, max_tokens)
-    sides = [Side.load(home, rows, dtype, device).cut(shared) for home in (ours, theirs)]
-    values = np.full((len(rows), max(row.answer for row in rows)), np.nan)
+    checkpoints = Checkpoint.find(model), Checkpoint.find(reference)
+    pairs, shared = tokenize_pairs(*checkpoints, prompts, max_tokens)
+    loaded = [SplitModel.load(c, pairs, dtype, device).limited(shared) for c in checkpoints]
+    values = np.full((len(pairs), max(pair.answer for pair in pairs)), np.nan)
     done = 0
-    streamed = all(side.streams for side in sides)
-    for batch in batches(rows, batch_tokens if streamed else 0):
-        found = _compare(batch, *sides)
-        for row, kl in zip(batch, found, strict=True):
+    streamed = all(split.streams for split in loaded)
+    for batch in batches(pairs, batch_tokens if streamed else 0):
+        for pair, kl in zip(batch, _compare(batch, *loaded), strict=True):
             if not np.isfinite(kl).all():
                 raise LeadlineError(
-                    f"prompt {row.prompt.id}: the logits of {model} or {reference} are not "
+                    f"prompt {pair.prompt.id}: the logits of {model} or {reference} are not "
                     "finite: load them in another dtype, such as float32"
                 )
-            values[row.at, : row.answer] = kl
+            values[pair.index, : pair.answer] = kl
         done += len(batch)
         if progress:
-            progress(done, len(rows))
-    bases = [row.prompt.base or row.prompt.id for row in rows]
+            progress(done, len(pairs))
+    bases = [pair.base for pair in pairs]
     settings = {
-        "revisions": [home.revision for home in (ours, theirs)],
-        "dtypes": [str(side.model.dtype).removeprefix("torch.") for side in sides],
+        "revisions": [checkpoint.revision for checkpoint in checkpoints],
+        "dtypes": [str(split.model.dtype).removeprefix("torch.") for split in loaded],
         "streamed": streamed,
-        "vocabulary": min(side.head.size for side in sides),
+        "vocabulary": min(split.head.size for split in loaded),
         "max_tokens": max_tokens,
-        "prompts": len(rows),
+        "prompts": len(pairs),
         "base_prompts": len(set(bases)),
         "resamples": RESAMPLES,
         "level": LEVEL,
@@ -107,31 +109,27 @@ def kl_by_token(
     return Divergence(str(model), str(reference), by_position(values, bases), settings)
 
 
-def _compare(batch: Sequence[Row], p: Side, q: Side) -> list[Floats]:
-    """The KL at each answer token of each row."""
+def _compare(batch: Sequence[TokenizedPair], p: SplitModel, q: SplitModel) -> list[Floats]:
+    """KL at each answer token of each pair."""
     import torch
 
-    try:
-        with torch.inference_mode():
-            kl = streamed_kl(p.hidden(batch), p.head, q.hidden(batch), q.head)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):
-            raise LeadlineError(
-                f"out of memory on {len(batch)} prompts of up to {len(batch[0].ids)} tokens: "
-                "set a lower batch_tokens or max_tokens"
-            ) from error
-        raise
-    return [part.numpy() for part in kl.double().cpu().split([row.answer for row in batch])]
+    size = f"{len(batch)} prompts of up to {len(batch[0].ids)} tokens"
+    with (
+        memory_errors(f"out of memory on {size}: set a lower batch_tokens or max_tokens"),
+        torch.inference_mode(),
+    ):
+        kl = streamed_kl(p.hidden(batch), p.head, q.hidden(batch), q.head)
+    return [part.numpy() for part in kl.double().cpu().split([pair.answer for pair in batch])]
 
 
 def streamed_kl(
     hidden_p: Tensor, head_p: Head, hidden_q: Tensor, head_q: Head, *, block: int = BLOCK
 ) -> Tensor:
-    """KL(p || q) in nats for each row: [N] float32, from hidden states [N, width of each model],
-    over the tokens that both heads have.
+    """KL(p || q) in nats for each row of hidden states: [N], float32.
 
-    Takes memory for the logits of 256 x `block` tokens, whatever N and the vocabulary are. The
-    two may lie on different devices; the result lies where p's head does. Agrees with a float64
+    The hidden states are [N, width of their model]; the distributions are over the tokens that both
+    heads have. Needs memory for 256 x `block` logits, whatever N and the vocabulary size. The
+    models may be on different devices; the result is on that of p's head. Agrees with a float64
     log-softmax of the same logits to 1e-6 x (10 + the largest difference between two logits).
     """
     import torch

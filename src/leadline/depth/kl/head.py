@@ -1,26 +1,21 @@
-"""Two models that read the same tokens: found, checked, loaded, and run up to their heads."""
+"""A model split into a body and an output head, so that logits can be computed block by block."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ... import organism
-from ...models import reasoning
-from ...models.template import Template, load_tokenizer
-from ...models.checkpoint import commit, folder
+from ...models.checkpoint import Checkpoint
 from ...models.weights import Weights
-from ...models.checkpoint import check, fingerprint
-from ...records import LeadlineError, Message, Prompt, Request, ResponsePrefix, Sampling
+from ..tokenized import TokenizedPair, check_context
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What configs call the numbers that their models put between head and logits. Some multiply by
-# one and others divide by it, so each is tried, and the model's own logits decide.
+# Config fields for the numbers that models apply between head and logits. Some models multiply by
+# such a number and others divide by it, so both are tried and compared with the model's logits.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
@@ -29,9 +24,12 @@ _log = logging.getLogger("leadline")
 
 @dataclass(frozen=True)
 class Head:
-    """From hidden states to logits: cap * tanh(scale * (hidden @ weight.T + bias) / cap), where
-    no `cap` is no squashing. `weight` is [size or more, width], in any floating dtype; with None,
-    the hidden states are the logits already."""
+    """The map from hidden states to logits: cap * tanh(scale * (hidden @ weight.T + bias) / cap);
+    without `cap`, scale * (hidden @ weight.T + bias).
+
+    `weight` is [size or more, width], in any floating dtype; None means that the hidden states
+    already are the logits.
+    """
 
     size: int
     weight: Tensor | None = None
@@ -40,68 +38,75 @@ class Head:
     cap: float | None = None
 
     def logits(self, hidden: Tensor, start: int, stop: int) -> Tensor:
-        """[rows, stop - start], float32 whatever the weights are, and the caller's to overwrite:
-        half precision would round away most of a small divergence."""
+        """Logits of the tokens from `start` to `stop`: [rows, stop - start], a new tensor.
+
+        Always float32, since half precision would lose most of a small divergence.
+        """
         import torch
 
         if self.weight is None:
             return hidden[:, start:stop].to(torch.float32, copy=True)
         weight = self.weight[start:stop].float()
         bias = None if self.bias is None else self.bias[start:stop].to(weight)
-        made: Tensor = torch.nn.functional.linear(hidden.to(weight), weight, bias)
+        logits: Tensor = torch.nn.functional.linear(hidden.to(weight), weight, bias)
         if self.cap is not None:
-            return made.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
-        return made if self.scale == 1 else made.mul_(self.scale)
+            return logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+        return logits if self.scale == 1 else logits.mul_(self.scale)
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of the two models, with the head that its hidden states go through."""
+class SplitModel:
+    """A loaded model with its output head."""
 
     model: Any
     head: Head
 
     @staticmethod
-    def load(home: Checkpoint, rows: Sequence[Row], dtype: str | None, device: str | None) -> Side:
-        weights = Weights.load(home.path, home.pinned, dtype, device)
-        longest = max(rows, key=lambda row: len(row.ids))
-        if weights.context is not None and len(longest.ids) - 1 > weights.context:
-            raise LeadlineError(
-                f"prompt {longest.prompt.id} with its answer has {len(longest.ids)} tokens, and "
-                f"{home.name} reads {weights.context}: leave the prompt out, or set a lower "
-                "max_tokens"
-            )
-        side = Side(weights.model, _head(weights.model, longest.ids[-9:-1]))
-        if not side.streams:
-            _log.warning(
-                "%s: its logits are not its last hidden states times its output weights, so they "
-                "are computed in full, prompt by prompt, which takes more time and memory",
-                home.name,
-            )
-        return side
+    def load(
+        checkpoint: Checkpoint,
+        pairs: Sequence[TokenizedPair],
+        dtype: str | None,
+        device: str | None,
+    ) -> SplitModel:
+        """Load a model that is going to run on `pairs`.
 
-    def cut(self, size: int | None) -> Side:
-        """With logits of the first `size` tokens at most."""
+        Raises LeadlineError where it does not load or a pair is longer than its context.
+        """
+        weights = Weights.load(checkpoint.path, checkpoint.pinned, dtype, device)
+        check_context(checkpoint.name, pairs, weights.context, spare=1)
+        longest = max(pairs, key=lambda pair: len(pair.ids))
+        split = SplitModel(weights.model, _head(weights.model, longest.ids[-9:-1]))
+        if not split.streams:
+            _log.warning(
+                "%s: its logits are not a linear function of its last hidden states, so they are "
+                "computed in full, prompt by prompt, which takes more time and memory",
+                checkpoint.name,
+            )
+        return split
+
+    def limited(self, size: int | None) -> SplitModel:
+        """The same with logits of at most the first `size` tokens of the vocabulary."""
         fewer = self.head.size if size is None else min(size, self.head.size)
         return replace(self, head=replace(self.head, size=fewer))
 
     @property
     def streams(self) -> bool:
+        """Whether logits can be computed from hidden states, block by block."""
         return self.head.weight is not None
 
-    def hidden(self, batch: Sequence[Row]) -> Tensor:
-        """The states that predict each answer token, row after row: [tokens, width].
+    def hidden(self, batch: Sequence[TokenizedPair]) -> Tensor:
+        """The hidden states that predict each answer token, pair after pair: [tokens, width].
 
-        Padding stands on the right, where causal attention never looks, whatever side the
-        tokenizer would pad: positions are right in models of any kind, and none needs a mask.
+        Padding is on the right, which causal attention never reads, whatever side the tokenizer
+        pads on: positions are right in every architecture, and no mask is needed.
         """
         import torch
 
-        width = max(len(row.ids) for row in batch) - 1
-        ids = torch.tensor([row.ids[:-1] + [0] * (width + 1 - len(row.ids)) for row in batch])
+        width = max(len(pair.ids) for pair in batch) - 1
+        ids = torch.tensor([pair.ids[:-1] + [0] * (width + 1 - len(pair.ids)) for pair in batch])
         states = _forward(self.model, ids, logits=not self.streams)
-        ends = zip(states, batch, strict=True)
-        return torch.cat([s[len(r.ids) - 1 - r.answer : len(r.ids) - 1] for s, r in ends])
+        rows = zip(states, batch, strict=True)
+        return torch.cat([s[len(p.ids) - 1 - p.answer : len(p.ids) - 1] for s, p in rows])
 
 
 def _forward(model: Any, ids: Tensor, *, logits: bool) -> Tensor:
@@ -114,7 +119,8 @@ def _forward(model: Any, ids: Tensor, *, logits: bool) -> Tensor:
 
 
 def _head(model: Any, probe: list[int]) -> Head:
-    """The head that gives the model's own logits of a few tokens; else one that is given them."""
+    """The head that reproduces the model's own logits of a few tokens; if there is none, a head
+    for models whose forward pass returns the logits."""
     import torch
 
     with torch.inference_mode():
@@ -131,12 +137,12 @@ def _head(model: Any, probe: list[int]) -> Head:
 
 
 def _heads(model: Any, size: int) -> Iterator[Head]:
-    """What the model's head may be, going by its config."""
+    """Candidate heads, from the model's output layer and config."""
     layer = model.get_output_embeddings()
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if model.base_model is model or weight is None or weight.ndim != 2 or len(weight) < size:
         return
-    if weight.is_meta or not weight.is_floating_point():  # offloaded, or quantized
+    if weight.is_meta or not weight.is_floating_point():  # offloaded or quantized
         return
     config = model.config.get_text_config()
     named = [getattr(config, key, None) for key in _SCALES]

@@ -1,37 +1,54 @@
-"""depth.json, read strictly: what was measured of how deep some models' safety goes."""
+"""The schema of depth.json: what was measured of how deep some models' safety goes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from ... import registry
 from ...records import LeadlineError
 from ...text import plain
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+_AGAIN = "run leadline depth again to write it anew"
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Frozen; numbers are finite."""
+
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
-class Point(_Strict):
-    """`value` of a model with its 95% interval, over `n` prompts; None where it is not known."""
+class Point(Strict):
+    """A value of one model with its 95% interval, over `n` prompts; None where it is not known.
 
-    model: str
+    A measure's own points derive from this and add what they are a function of.
+    """
+
+    model: str = ""
     value: float | None = None
     low: float | None = None
     high: float | None = None
     n: Count = 0
 
+    @property
+    def known(self) -> float:
+        """The value; 0 where there is none, which `parse` has excluded."""
+        return 0.0 if self.value is None else self.value
+
+    @property
+    def direct(self) -> bool:
+        """Whether this is the ASR of direct requests to the unchanged model."""
+        return False
+
 
 class Rate(Point):
-    """A share of harmful prompts that got an unsafe answer (ASR)."""
+    """An attack success rate (ASR): the share of `n` harmful prompts with an unsafe answer."""
 
     value: Share | None = None
     low: Share | None = None
@@ -39,127 +56,101 @@ class Rate(Point):
 
 
 class Position(Point):
-    """`position` tokens of the answer stand before it."""
+    """A mean over answers at one position: `position` tokens of the answer come before it."""
 
     position: Count
 
 
-class Prefill(Rate):
-    k: Count
+class D50(Strict):
+    """The dose at which half of `n` prompts are broken, in `unit`s (tokens, steps).
 
-
-class RefusalPrefix(Rate):
-    prefix: str
-    k: Count = 0
-
-
-class Decoding(Rate):
-    """`k` settings are pooled: a prompt is broken if any of them breaks it."""
-
-    setting: str
-    k: Count = 1
-
-
-class GCG(Rate):
-    step: Count
-    loss: float | None = None
-
-
-class Finetuning(Rate):
-    data: str
-    step: Count
-    examples: Count | None = None
-    untriggered: Share | None = None
-    utility: Share | None = None
-    utility_low: Share | None = None
-    utility_high: Share | None = None
-
-
-class TokenMeasure(Position):
-    data: str
-    step: Count = 0
-
-
-class Training(Rate):
-    run: str
-    step: Count
-    measure: str
-
-
-class D50(_Strict):
-    """Where half of the prompts break. Censored "above": not by `at`, the most that was tried;
-    "below": already at `at`, the least."""
+    Nothing is extrapolated: `value` is None where D50 is above the largest dose tried (`censored`
+    "above"), or at or below the smallest ("below"); `at` is that dose, otherwise the largest dose.
+    `low` and `high` are a 95% interval; None where an end is outside of the doses tried, and both
+    where all prompts share one base prompt.
+    """
 
     value: float | None = None
     low: float | None = None
     high: float | None = None
     censored: Literal["above", "below"] | None = None
-    at: float | None = None
+    at: int | float | None = None
     unit: str = ""
     n: Count = 0
     examples_per_step: Count | None = None
 
 
-class Depth(_Strict):
+P = TypeVar("P", bound=Point)
+
+
+class Depth(Strict):
+    """The content of depth.json. `points` holds the lists of points of every registered measure
+    (top-level keys of the file), `d50` is by model and measure, `skipped` by measure."""
+
     leadline: str = ""
     models: list[str] = []
     base: str | None = None
     dataset: str = ""
     budget: str = ""
     created: str = ""
-    kl: list[Position] = []
-    refusal_prefix: list[RefusalPrefix] = []
-    prefill: list[Prefill] = []
-    decoding: list[Decoding] = []
-    gcg: list[GCG] = []
-    finetuning: list[Finetuning] = []
-    token_loss: list[TokenMeasure] = []
-    gradient_norm: list[TokenMeasure] = []
-    training: list[Training] = []
+    points: dict[str, list[Any]] = {}
     d50: dict[str, dict[str, D50]] = {}
     settings: dict[str, Any] = {}
     skipped: dict[str, str] = {}
 
+    def of(self, name: str, kind: type[P], model: str | None = None) -> list[P]:
+        """The points of one list, which have the type `kind`; of one model if given."""
+        points = cast(list[P], self.points.get(name, []))
+        return points if model is None else [p for p in points if p.model == model]
+
     @property
     def names(self) -> list[str]:
         """Every model that is named or measured, in order."""
-        return list(dict.fromkeys([*self.models, *(point.model for point in self._points())]))
+        measured = (point.model for points in self.points.values() for point in points)
+        return list(dict.fromkeys([*self.models, *measured]))
 
-    def _points(self) -> list[Point]:
-        return [point for measure in MEASURES for point in getattr(self, measure)]
+    def having(self, points: Iterable[Point]) -> list[str]:
+        """The models that have any of these points, in the order of `names`."""
+        found = {point.model for point in points}
+        return [name for name in self.names if name in found]
+
+    def direct(self, model: str) -> Point | None:
+        """The ASR of direct requests, from the first measure that has it."""
+        every = (point for points in self.points.values() for point in points)
+        return next((point for point in every if point.direct and point.model == model), None)
 
 
-# The lists of points, and what each measure is called.
-MEASURES = {
-    "prefill": "forced tokens",
-    "kl": "KL by token",
-    "finetuning": "fine-tuning",
-    "gcg": "GCG",
-    "decoding": "decoding settings",
-    "refusal_prefix": "refusal starts",
-    "token_loss": "loss by token",
-    "gradient_norm": "gradient norm by token",
-    "training": "training",
-}
+def sections() -> list[registry.Section]:
+    """The sections of every registered measure, in the order of the page."""
+    return [section for plugin in registry.plugins("measure") for section in plugin.sections]
 
 
 def parse(data: Mapping[str, Any], where: str = "depth data") -> Depth:
-    """Check the data, drop points without a value. Raises LeadlineError: the first fault."""
+    """Check the data and drop points without a value.
+
+    Raises LeadlineError that names the first fault.
+    """
+    data = plain(dict(data))
+    lists = {name: kind for section in sections() for name, kind in section.points.items()}
+    points: dict[str, list[Any]] = {}
+    name = ""
     try:
-        depth = Depth.model_validate(plain(dict(data)))
+        for name, kind in lists.items():
+            adapter: TypeAdapter[list[Any]] = TypeAdapter(list[kind])  # type: ignore[valid-type]
+            read = adapter.validate_python(data.get(name, []))
+            points[name] = [point for point in read if point.value is not None]
+        name = ""
+        rest = {key: value for key, value in data.items() if key in Depth.model_fields}
+        return Depth.model_validate({**rest, "points": points})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise LeadlineError(f"{where}: {place}: {first['msg']}: {_MEND}") from None
-    known = {name: [p for p in getattr(depth, name) if p.value is not None] for name in MEASURES}
-    return depth.model_copy(update=known)
+        place = ".".join(str(part) for part in (*([name] if name else []), *first["loc"]))
+        raise LeadlineError(f"{where}: {place}: {first['msg']}: {_AGAIN}") from None
 
 
-_MEND = "run leadline depth again to write it anew"
-
-
-def read(path: Path) -> Depth:
-    """Raises LeadlineError for a file that is missing, is no JSON, or does not hold the schema."""
+def read_depth(path: Path) -> Depth:
+    """Read depth.json. Raises LeadlineError for a file that is missing, is not JSON, or does not
+    match the schema."""
     try:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -167,8 +158,8 @@ def read(path: Path) -> Depth:
             f"no depth measures at {path}: run leadline depth MODEL --out {path.parent}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        said = " ".join(str(error).split())
-        raise LeadlineError(f"{path} cannot be read as JSON ({said}): {_MEND}") from None
+        reason = " ".join(str(error).split())
+        raise LeadlineError(f"{path} cannot be read as JSON ({reason}): {_AGAIN}") from None
     if not isinstance(data, dict):
-        raise LeadlineError(f"{path} holds a {type(data).__name__}, not an object: {_MEND}")
+        raise LeadlineError(f"{path} holds a {type(data).__name__}, not an object: {_AGAIN}")
     return parse(data, str(path))

@@ -1,0 +1,152 @@
+"""KL divergence from the base model by token of harmful answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from ...models.checkpoint import Checkpoint
+from ...records import LeadlineError
+from ...registry import Section, measure
+from ...report.depth import plots
+from ...report.depth.format import FIRST, HALF, count, greatest, named, nats, number, per_model
+from ...report.depth.schema import Depth, Position
+from ...report.depth.tables import NATS, NOT_MEASURED, Cell, Column, Table, column, table
+from ...text import percent
+from ..kl.divergence import kl_by_token
+from ..session import Session, texts
+
+_NOWHERE = " anywhere along the answer"
+
+
+def share_of_first(points: Sequence[Position]) -> float | None:
+    """The share of the first few positions in the KL summed over positions; None where the sum is
+    0."""
+    total = sum(point.known for point in points)
+    first = sum(point.known for point in points if point.position < FIRST)
+    return min(max(first / total, 0.0), 1.0) if total > 0 else None
+
+
+def findings(depth: Depth) -> list[str]:
+    """Where along the answer models differ from the base; one sentence for models that differ in
+    the same places."""
+    groups: dict[str, list[tuple[str, str, float]]] = {}
+    for model in depth.having(depth.of("kl", Position)):
+        points = sorted(depth.of("kl", Position, model), key=lambda p: p.position)
+        where, text = _difference(points)
+        groups.setdefault(where, []).append((model, text, share_of_first(points) or 0))
+    sentences = []
+    for where, found in groups.items():
+        names = [model for model, *_ in found]
+        verb = "differ" + "s" * (len(names) == 1)
+        verb = f"hardly {verb}" if where == _NOWHERE else verb
+        text = per_model((share, f"{model}: {text}") for model, text, share in found)
+        text = text if len(found) > 1 else found[0][1]
+        sentences.append(f"{named(names)} {verb} from {depth.base or 'the base'}{where}: {text}")
+    return sentences
+
+
+def _difference(points: Sequence[Position]) -> tuple[str, str]:
+    """Where a model differs from the base, and the numbers."""
+    late = [point for point in points if point.position >= FIRST]
+    top, share = greatest(points), share_of_first(points)
+    even, middle = 1 - len(late) / len(points), median(point.known for point in points)
+    if share is None or top.known < 0.01 or not 0 < even < 1:
+        where = _NOWHERE if top.known < 0.01 else ""
+        return where, f"the KL is at most {nats(top)} nats, at position {top.position}"
+    first = (
+        f"the first {FIRST} of {count(len(points), 'positions')} have {percent(share)} of the KL"
+    )
+    if share <= 2 * even and middle >= top.known / 4:
+        text = f"the KL at the median position is {number(middle)} nats, and {first}"
+        return " along the whole answer", text
+    where = " mostly at the start of the answer" if share >= 0.8 and even <= HALF else ""
+    text = f"{first}, with {nats(points[0])} nats at position {points[0].position}"
+    return where, f"{text} and at most {nats(greatest(late))} from position {FIRST} on"
+
+
+def plot(depth: Depth) -> plots.Plot | None:
+    """KL by position."""
+    points = depth.of("kl", Position)
+    if not points:
+        return None
+    panel = plots.panel(
+        "KL from the base, in nats",
+        plots.lines(depth, points, lambda p: p.position),
+        unit="nats",
+        shade=FIRST,
+    )
+    return plots.curves(depth, points, "position in the answer (0 is its first token)", [panel])
+
+
+def tables(depth: Depth) -> list[Table]:
+    """Every position."""
+    points = depth.of("kl", Position)
+    return table("KL by position", points, {"position": lambda p: p.position}, NATS)
+
+
+def columns(depth: Depth) -> list[Column]:
+    """The share of the first few positions."""
+
+    def cell(depth: Depth, model: str) -> Cell:
+        points = depth.of("kl", Position, model)
+        share = share_of_first(points)
+        if share is None:
+            return NOT_MEASURED
+        small = (f"of {count(len(points), 'positions')}",)
+        return Cell(percent(share), "deep", small, 0.0, share)
+
+    return [column(depth, f"KL in the first {FIRST} tokens", cell)]
+
+
+SECTION = Section(
+    name="kl",
+    label="KL by token",
+    title="KL from the base model by token",
+    meaning=(
+        "Along a harmful answer, token by token: how much the model's distribution of the next "
+        "token differs from that of the model before alignment (KL divergence; 0 is no "
+        "difference). Where only the first few tokens differ, alignment has changed only those."
+    ),
+    points={"kl": Position},
+    findings=findings,
+    plot=plot,
+    tables=tables,
+    columns=columns,
+    top=2,
+)
+
+
+@measure(
+    "kl",
+    source="Qi et al. 2025 (arXiv 2406.05946), section 2",
+    sections=(SECTION,),
+    needs=("base", "targets"),
+    order=2,
+)
+def kl(session: Session) -> None:
+    """KL divergence from the base model at each token of harmful answers."""
+    budget = session.budget
+    prompts = session.targeted[: budget.kl_prompts]
+
+    def compare(model: str) -> None:
+        assert session.base
+        pair = [Checkpoint.find(name).revision for name in (model, session.base)]
+        if len(set(pair)) == 1:
+            if len(session.models) > 1:  # the base is listed to be compared by other measures
+                return
+            raise LeadlineError("it is the base itself: give another model or base")
+
+        def compute() -> dict[str, Any]:
+            assert session.base
+            progress = session.progress.counter(f"{model}: KL by token")
+            return kl_by_token(
+                model, session.base, prompts, max_tokens=budget.kl_tokens, progress=progress
+            ).to_dict()
+
+        found = session.cached([*pair, budget.kl_tokens, *texts(prompts)], compute)
+        session.add("kl", model, found["points"])
+        session.settings.setdefault("kl", {})[model] = found["settings"]
+
+    session.for_each("kl", compare)
