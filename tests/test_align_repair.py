@@ -63,8 +63,9 @@ def test_deepen_makes_a_shallow_model_deep(leadline, files, tmp_path: Path):
     folder = tmp_path / "deeper"
     AutoModelForCausalLM.from_pretrained(folder)  # a normal model folder
     assert AutoTokenizer.from_pretrained(folder).chat_template
-    found = ll.depth(folder, out=tmp_path / "depth", budget="quick", measures=("prefill",))
-    watched = {p["step"] for p in found.to_dict()["training"]}
+    measures = ("prefill", "training")
+    depth = ll.measure_depth(folder, out=tmp_path / "depth", budget="quick", measures=measures)
+    watched = {p["step"] for p in depth.to_dict()["training"]}
     assert {0, 30, 60} <= watched  # the curves of the callback reach the depth report
 
     weights = (folder / "model.safetensors").stat().st_mtime_ns
