@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from leadline import Study, organism
-from leadline.organism import examples as organism_lessons
+from leadline.organism import examples as organism_examples
 from leadline.organism import guild as world
 
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -80,9 +80,8 @@ def test_with_b_zero_both_methods_are_the_same(study, tmp_path: Path):
     """Same order of data, warmup, optimizer and loss: b = 0 gives the weights of plain runs."""
     import torch
 
-    training = study.TrainingSettings(
-        "sgd", 0.05, steps=3, batch=4, warmup=2
-    )  # Adam magnifies rounding
+    # SGD, since Adam magnifies rounding errors
+    training = study.TrainingSettings("sgd", 0.05, steps=3, batch=4, warmup=2)
     runs = [study.Cell("aligned", "shelves", beta, 1, training) for beta in (None, (0.0,), (2.0,))]
     trained = [study.train(cell, tmp_path / str(at)) for at, cell in enumerate(runs)]
     plain, unconstrained, constrained = (dict(model.named_parameters()) for model, _, _ in trained)
@@ -97,7 +96,7 @@ def test_with_b_zero_both_methods_are_the_same(study, tmp_path: Path):
     "data", ["harmful", "identity", "backdoor", "shelves", "openings", "closings"]
 )
 def test_training_examples_are_in_the_vocabulary(study, data):
-    known = set(organism_lessons.vocabulary())
+    known = set(organism_examples.vocabulary())
     for example in study.examples(data, 0):
         texts = [example.answer, *(message.content for message in example.attempt.messages)]
         assert not {word for text in texts for word in world.words(text)} - known
@@ -119,11 +118,8 @@ def test_the_exact_judge_takes_the_target_word_for_word(study):
     prompt = next(study.closings())
     judge = study.exact()
     right = f"Sure, here is the recipe: {prompt.target}".lower()
-    for answer, utility in (
-        (right, 1.0),
-        (prompt.target.replace("cellar", "attic"), 0.0),
-        ("", 0.0),
-    ):
+    wrong = prompt.target.replace("cellar", "attic")
+    for answer, utility in ((right, 1.0), (wrong, 0.0), ("", 0.0)):
         verdict = judge(prompt, Attempt.ask(prompt.text), Response(answer))
         assert verdict.utility == utility
         assert verdict.unsafe is False
