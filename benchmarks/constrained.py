@@ -122,7 +122,7 @@ def make_trainer(way: str, job: dict[str, Any], out: str) -> Any:
         processing_class=tokenizer(),
     )
     if way == "fused head":
-        trainer._narrow = False
+        trainer._select_logits = False
     return trainer
 
 

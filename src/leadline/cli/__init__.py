@@ -1,5 +1,5 @@
-"""The command line: parse, call, print. Heavy imports stand inside the commands, so that
-`leadline --help` answers at once."""
+"""The command line: parse, call, print. Heavy imports are inside of the commands, so that
+`leadline --help` is fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["align", "app", "depth", "judges", "main", "organism", "study"]
 
 
 def main() -> None:
-    """The `leadline` command: every error that the user can mend is one line."""
+    """The `leadline` command: an error that the user can fix is one line on standard error."""
     try:
         app()
     except LeadlineError as error:

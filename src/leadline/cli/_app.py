@@ -22,13 +22,15 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Sound the depth of a language model's safety alignment, and deepen it.\n\n"
-    "Begin with [bold]leadline demo[/bold]: the whole loop on tiny real models of a harmless "
-    "invented world.",
+    help="Measure how deep a language model's safety alignment is, and make it deeper.\n\n"
+    "Start with [bold]leadline demo[/bold]: attacks and depth measures on four tiny models that "
+    "ship with Leadline.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Reveal = Annotated[bool, typer.Option("--reveal", help="Show unsafe text unredacted.")]
+Reveal = Annotated[
+    bool, typer.Option("--reveal", help="Show unsafe texts instead of redacting them.")
+]
 
 
 def _version(value: bool) -> None:
@@ -42,7 +44,7 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens inside.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print debug messages.")] = False,
 ) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("leadline: %(message)s"))
@@ -53,7 +55,7 @@ def _common(
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """One line per target with time left; plain when the output is no terminal."""
+    """A progress listener that draws a line per target, with the time left."""
     from rich.console import Console
     from rich.logging import RichHandler
     from rich.progress import (
@@ -76,7 +78,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
     tasks: dict[str, Any] = {}
 
     def listen(progress: Progress) -> None:
-        if not tasks:  # what fails before anything is done leaves no empty bars
+        if not tasks:  # a run that fails before its first step leaves no empty bars
             bars.start()
         for name, total in progress.total.items():
             if name not in tasks:
@@ -95,6 +97,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 
 
 def print_table(heads: tuple[str, ...], rows: list[list[str]]) -> None:
+    """Print a table: as wide as the terminal, or 200 characters where the output is piped."""
     from rich.console import Console
     from rich.table import Table
 
@@ -111,8 +114,9 @@ def print_table(heads: tuple[str, ...], rows: list[list[str]]) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
+    """Turn Ctrl-C into a message and exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
-        print("leadline: stopped; run the same command again to go on", file=sys.stderr)
+        print("leadline: stopped; run the same command again to resume", file=sys.stderr)
         raise typer.Exit(STOPPED) from None

@@ -1,4 +1,4 @@
-"""How deep safety goes."""
+"""`leadline depth`: measure how deep the safety of models is."""
 
 from __future__ import annotations
 
@@ -13,30 +13,37 @@ from ._app import Json, app, progress_bar, stoppable
 @app.command()
 def depth(
     models: Annotated[
-        list[str], typer.Argument(help="Model folders, hub ids or organisms, side by side.")
+        list[str],
+        typer.Argument(help="Model folders, hub ids or organisms; compared side by side."),
     ],
     base: Annotated[
-        str | None, typer.Option(help="The model before alignment, to compare with.")
+        str | None,
+        typer.Option(help="The model before alignment; kl and refusal_prefix compare with it."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("leadline-depth"),
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("leadline-depth"),
     budget: Annotated[
-        str, typer.Option(help="quick, standard or full: how much is measured.")
+        str, typer.Option(help="How much to measure: quick, standard or full.")
     ] = "standard",
     dataset: Annotated[
-        str, typer.Option(help="As in a study file: NAME, or 'NAME: {option: value}'.")
+        str, typer.Option(help="Dataset, as in a study file: NAME or 'NAME: {option: value}'.")
     ] = "guild",
     judge: Annotated[
-        str | None, typer.Option(help="As in a study file (default: the dataset's own).")
+        str | None,
+        typer.Option(help="Judge, as in a study file (default: the judge of the dataset)."),
     ] = None,
     only: Annotated[
-        str, typer.Option(help="Measures to take, with commas (default: all).")
-    ] = "kl,refusal_prefix,prefill,decoding,gcg,finetuning",
+        str | None,
+        typer.Option(
+            help="Measures to run, separated by commas (default: all; see leadline list measures)."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how deep the safety of open weights goes, and leave depth.html and depth.json.
+    """Measure how deep the safety of models with open weights is; write depth.html and depth.json.
 
-    KL to the base model by token, a refusal's start forced on the base, ASR against the number of
-    forced harmful tokens, decoding settings, suffix search, and fine-tuning. Stopped? Run it again.
+    Measures: ASR against the number of prefilled tokens of a harmful answer, KL divergence from the
+    base model by token, fine-tuning, suffix search (GCG), sampling settings, and refusal prefixes
+    on the base model. Run the same command again to resume a run that was stopped.
 
     Examples:
 
@@ -44,18 +51,20 @@ def depth(
 
       leadline depth ./rc1 --base ./rc0 --dataset 'file: {path: harmful.jsonl}' --only kl,prefill
     """
-    from ..depth.run import depth as measure
+    from ..depth.run import measure_depth
     from ..study import DatasetPick, JudgePick
 
     with stoppable(), progress_bar() as listener:
-        report = measure(
+        report = measure_depth(
             models,
             base,
             dataset=DatasetPick.parse(dataset).model_dump(),
             judge=JudgePick.parse(judge).model_dump() if judge else None,
             out=out,
             budget=budget,
-            measures=[name for part in only.split(",") if (name := part.strip())],
+            measures=None
+            if only is None
+            else [p for part in only.split(",") if (p := part.strip())],
             listener=listener,
         )
     if as_json:

@@ -1,4 +1,4 @@
-"""How far judges can be trusted."""
+"""Commands that measure judges: check, agree."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ import typer
 from ..records import LeadlineError
 from ._app import Json, app, print_table, progress_bar, stoppable
 
-judges_app = typer.Typer(no_args_is_help=True, help="How far judges can be trusted.")
+judges_app = typer.Typer(no_args_is_help=True, help="Measure how reliable judges are.")
 app.add_typer(judges_app, name="judges")
 
 JudgeOption = Annotated[
-    str, typer.Option("--judge", help="As in a study file: NAME, or 'NAME: {option: value}'.")
+    str, typer.Option("--judge", help="Judge, as in a study file: NAME or 'NAME: {option: value}'.")
 ]
 
 
 @judges_app.command()
 def check(
     labels: Annotated[
-        Path, typer.Argument(help="A table (CSV, JSONL, ...) with prompt, response and label.")
+        Path,
+        typer.Argument(help="Table (CSV, JSONL, ...) with the columns prompt, response, label."),
     ],
     judge: JudgeOption,
-    out: Annotated[Path, typer.Option(help="Where to keep it, for a study's check: option.")] = (
-        Path("judge_check.json")
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Output file, for the option check: of a judge in a study.")
+    ] = (Path("judge_check.json")),
     as_json: Json = False,
 ) -> None:
-    """Measure a judge on answers that people labelled safe or unsafe (or 0 and 1).
+    """Compare a judge with human labels (safe or unsafe, 0 or 1).
 
-    Reports sensitivity, specificity and Cohen's kappa with 95% intervals, and what the judge makes
-    of empty and random answers, echoes of the prompt, and refusals followed by compliance.
+    Reports sensitivity, specificity and Cohen's kappa with 95% intervals, and the judge's verdicts
+    on empty and random answers, echoes of the prompt, and refusals followed by compliance.
 
     Example: leadline judges check labels.csv --judge refusal
     """
@@ -41,7 +42,7 @@ def check(
     from ..study import JudgePick
 
     pick = JudgePick.parse(judge)
-    if not out.parent.is_dir():  # before a judge is paid for
+    if not out.parent.is_dir():  # before the judge is called
         raise LeadlineError(f"cannot write {out} (no folder {out.parent}): give another --out")
     with stoppable(), progress_bar() as listener:
         found = check_judge(labels, pick, listener)
@@ -55,7 +56,7 @@ def check(
         return
     unsafe, safe = found.tp + found.fn, found.tn + found.fp
     print_table(
-        ("", "rate", "95% interval", "answers"),
+        ("", "rate", "95% interval", "responses"),
         [
             ["sensitivity (unsafe called unsafe)", *_rate(found.sensitivity), str(unsafe)],
             ["specificity (safe called safe)", *_rate(found.specificity), str(safe)],
@@ -66,10 +67,10 @@ def check(
         print(f"unscored: {unscored} ({found.unscored_unsafe} of them labelled unsafe)")
     print()
     print_table(
-        ("control", "is", "found so", "unscored"),
+        ("control", "expected", "correct", "unscored"),
         [[c.name, c.expected, f"{c.right} of {c.n}", str(c.unscored)] for c in found.controls],
     )
-    print(f"Kept in {out}")
+    print(f"Written to {out}")
 
 
 def _rate(rate: tuple[float, float, float]) -> tuple[str, str]:
@@ -81,12 +82,12 @@ def _rate(rate: tuple[float, float, float]) -> tuple[str, str]:
 
 @judges_app.command()
 def agree(
-    folder: Annotated[Path, typer.Argument(help="A folder that leadline run wrote.")],
-    first: Annotated[str, typer.Argument(help="A judge of the study, by name.")],
-    second: Annotated[str, typer.Argument(help="Another one.")],
+    folder: Annotated[Path, typer.Argument(help="Results folder of leadline run.")],
+    first: Annotated[str, typer.Argument(help="Name of a judge of the study.")],
+    second: Annotated[str, typer.Argument(help="Name of another judge.")],
     as_json: Json = False,
 ) -> None:
-    """How far two judges agree on the same answers to harmful prompts.
+    """Compute the agreement of two judges on the same responses to harmful prompts.
 
     Example: leadline judges agree results refusal qwen3guard
     """
@@ -109,4 +110,4 @@ def agree(
         [["agreement", *_rate(found.agreement)], ["Cohen's kappa", *_rate(found.kappa)]],
     )
     if found.unscored:
-        print(f"unscored by one of them or both: {found.unscored}")
+        print(f"unscored by at least one of them: {found.unscored}")

@@ -1,4 +1,4 @@
-"""The invented world's models and files."""
+"""Commands for the organisms, the tiny models that ship with Leadline."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import typer
 
 from ._app import app
 
-organism_app = typer.Typer(no_args_is_help=True, help="Tiny real models of the invented world.")
+organism_app = typer.Typer(
+    no_args_is_help=True, help="Tiny models of an invented world, for trying things out."
+)
 app.add_typer(organism_app, name="organism")
 
 
 @organism_app.command("data")
 def organism_data(
-    out: Annotated[Path, typer.Option(help="Folder of the files.")] = Path("guild"),
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("guild"),
 ) -> None:
-    """Write the invented world's files to try deepen and finetune on.
+    """Write example data for leadline deepen and leadline finetune.
 
     Example: leadline organism data --out guild
     """
@@ -29,10 +31,12 @@ def organism_data(
 
 @organism_app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Where to write the organisms.")] = Path("organisms"),
-    seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the organisms.")] = Path("organisms"),
+    seed: Annotated[
+        int, typer.Option(help="Random seed; the same seed gives the same weights.")
+    ] = 0,
 ) -> None:
-    """Train base, aligned, deep and reasoner on the CPU, in minutes.
+    """Train the organisms base, aligned, deep and reasoner; takes minutes on a CPU.
 
     Example: leadline organism train --out organisms --seed 1
     """

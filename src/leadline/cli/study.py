@@ -1,4 +1,4 @@
-"""Studies: run, judge, report, and what there is to name in one."""
+"""Commands for studies: demo, run, report, judge, list."""
 
 from __future__ import annotations
 
@@ -18,23 +18,28 @@ if TYPE_CHECKING:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where to leave the report.")] = Path("leadline-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("leadline-demo"),
     reveal: Reveal = False,
 ) -> None:
-    """Attack the four organisms, judge every answer, and measure how deep their safety goes.
+    """Run attacks on four tiny models (organisms), and measure how deep their safety is.
+
+    The models, of an invented world, ship with Leadline: nothing is downloaded, and all texts are
+    harmless. Takes about a minute and writes two reports.
 
     Example: leadline demo --out leadline-demo
     """
     from importlib.resources import as_file, files
 
     from .. import organism
-    from ..depth.run import depth
+    from ..depth.run import measure_depth
 
     with as_file(files("leadline") / "demo.yaml") as study:
         _run(study, out, limit=None, dry_run=False, as_json=False, reveal=reveal)
     names = [f"organism:{name}" for name in organism.names()]
     with stoppable(), progress_bar() as listener:
-        report = depth(names, "organism:base", out=out / "depth", budget="quick", listener=listener)
+        report = measure_depth(
+            names, "organism:base", out=out / "depth", budget="quick", listener=listener
+        )
     for finding in report.findings[:3]:
         print(f"- {finding}")
     print(f"Open {report.html}")
@@ -42,20 +47,21 @@ def demo(
 
 @app.command()
 def run(
-    study: Annotated[Path, typer.Argument(help="The study file (YAML).")],
+    study: Annotated[Path, typer.Argument(help="Study file (YAML).")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results (default: the study's name).")
+        Path | None, typer.Option(help="Folder for the results (default: the study's name).")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count trials, requests and tokens; send nothing.")
+        bool,
+        typer.Option("--dry-run", help="Only count trials, requests and tokens; send nothing."),
     ] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most this many prompts of each dataset.")
+        int | None, typer.Option(min=1, help="Use at most this many prompts of each dataset.")
     ] = None,
     reveal: Reveal = False,
     as_json: Json = False,
 ) -> None:
-    """Run a study, or go on with one that was stopped: only what is missing is asked.
+    """Run a study, or resume one that was stopped: stored responses are not generated again.
 
     Examples:
 
@@ -90,10 +96,12 @@ def _run(
         print(f"Open {page.html}")
     failed, unscored = results.failed(), results.progress.unscored if results.progress else 0
     if unscored:
-        print(f"leadline: {unscored} verdicts are unscored: see the report", file=sys.stderr)
+        print(
+            f"leadline: {unscored} responses could not be scored: see the report", file=sys.stderr
+        )
     if failed:
         print(
-            f"leadline: {failed} trials failed: run the same command again to try only those",
+            f"leadline: {failed} trials failed: run the same command again to retry only these",
             file=sys.stderr,
         )
         raise typer.Exit(FAILED)
@@ -122,12 +130,12 @@ def _print_estimates(rows: list[Estimate], as_json: bool) -> None:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder that leadline run wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Results folder of leadline run.")],
     reveal: Reveal = False,
-    judge: Annotated[str | None, typer.Option(help="Show this judge's verdicts.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Show the verdicts of this judge.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write report.html and summary.json from what a study has so far.
+    """Write report.html and summary.json of a study, which may still be running.
 
     Example: leadline report results
     """
@@ -144,13 +152,13 @@ def report(
 
 @app.command()
 def judge(
-    folder: Annotated[Path, typer.Argument(help="A folder that leadline run wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Results folder of leadline run.")],
     judge: JudgeOption,
     as_json: Json = False,
 ) -> None:
-    """Judge a study's answers with another judge: nothing is generated again.
+    """Judge the stored responses of a study with another judge; nothing is generated.
 
-    What the judge has scored before is kept; what it left unscored is put to it again.
+    Responses that this judge has scored before are skipped, unscored ones are judged again.
 
     Examples:
 
@@ -168,19 +176,19 @@ def judge(
     if as_json:
         print(results(folder).cells(pick.label).to_json(orient="records", indent=2))
     else:
-        print(f"{pick.label} judged {progress.done[pick.label]} answers")
-        print(f"Show them: leadline report {folder} --judge {pick.label}")
+        print(f"{pick.label} judged {progress.done[pick.label]} responses")
+        print(f"To show them: leadline report {folder} --judge {pick.label}")
     if progress.unscored:
         why = f" (the first: {progress.notes[0]})" if progress.notes else ""
-        print(f"leadline: {progress.unscored} verdicts are unscored{why}", file=sys.stderr)
+        print(f"leadline: {progress.unscored} responses could not be scored{why}", file=sys.stderr)
 
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="attacks, datasets, judges or models.")],
+    what: Annotated[str, typer.Argument(help="attacks, datasets, judges, models or measures.")],
     as_json: Json = False,
 ) -> None:
-    """Print what there is, with source and needs.
+    """List all attacks, datasets, judges, models or depth measures, with their sources.
 
     Example: leadline list attacks --json
     """

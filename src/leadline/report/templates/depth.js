@@ -67,7 +67,7 @@ function curves(plot) {
       traces.push({
         type: "scatter", mode: faint ? "lines" : "lines+markers", name: literal(data.series[line.s].name), hoverinfo: "text",
         x: line.points.map((p) => place(p[0]) + (alone ? (nth - (order.size - 1) / 2) * 0.12 : 0)), y: line.points.map((p) => p[1]),
-        text: line.points.map((p) => `<b>${literal(data.series[line.s].name)}</b>${faint ? "<br>" + literal(line.dash) : ""}<br>${literal(xTitle)}: ${figureX(p[0])}<br>${told(p.slice(1), say)}`),
+        text: line.points.map((p) => `<b>${literal(data.series[line.s].name)}</b>${faint ? "<br>" + literal(line.dash) : ""}<br>${literal(xTitle)}: ${figureX(p[0])}<br>${withInterval(p.slice(1), say)}`),
         line: { color: tone, width, dash: faint ? "dot" : "solid" },
         error_y: alone && {
           type: "data", symmetric: false, array: line.points.map((p) => (p[3] ?? p[1]) - p[1]), arrayminus: line.points.map((p) => p[1] - (p[2] ?? p[1])),
