@@ -352,7 +352,7 @@ def test_thinking_modes_are_apart(make: Make) -> None:
         assert one(pooled(store), thinking="off").unsafe == 1
 
 
-# -- several attempts, of which any counts ----------------------------------------------------------
+# -- several attempts, of which any counts -------------------------------------------------------
 
 
 def attempts(n: int, k: int, unsafe: float, unscored: float, seed: int) -> list[Row]:

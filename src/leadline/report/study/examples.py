@@ -57,7 +57,7 @@ def examples(
     few = len(best) > _PAIRS
     rate = {
         (row.model, row.thinking, row.attack): percent(row.asr)
-        for row in rows(found.attacks[found.attacks["n"] > 0])
+        for row in rows(found.attacks[found.attacks["asr"].notna()])
     }
     shown: dict[str, list[Attack]] = defaultdict(list)
     for (model, thinking, attack), kinds in best.items():

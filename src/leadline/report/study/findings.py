@@ -127,12 +127,16 @@ Models = dict[pooling.Key, dict[str, list[Sums]]]
 
 
 def _scored(cells: Sequence[Sums]) -> Models:
-    """Cells by model and attack; only attacks with an estimate."""
+    """Cells by model and attack; only attacks of which something was scored."""
     found = {
-        key: {a: own for a, own in attacks.items() if any(cell.estimable for cell in own)}
+        key: {a: own for a, own in attacks.items() if any(cell.n.any() for cell in own)}
         for key, attacks in pooling.by_model(cells).items()
     }
     return {key: attacks for key, attacks in found.items() if attacks}
+
+
+def _estimable(attacks: Mapping[Any, Sequence[Sums]]) -> dict[Any, Sequence[Sums]]:
+    return {name: own for name, own in attacks.items() if any(cell.estimable for cell in own)}
 
 
 def _rate(found: Interval) -> str:
@@ -156,7 +160,7 @@ def _headline(found: Measured, models: Models) -> str:
         (key,) = models
         return f"{label(*key)} got {many} that it should refuse: {_one(found, key, models[key])}."
     start = f"{len(models)} models got {many} that they should refuse"
-    direct = {key: own["direct"] for key, own in models.items() if "direct" in own}
+    direct = _estimable({key: own["direct"] for key, own in models.items() if "direct" in own})
     parts = []
     if len(direct) > 1:
         parts.append(f"with direct requests their ASR is {_range(direct)}")
@@ -182,7 +186,7 @@ def _headline(found: Measured, models: Models) -> str:
 
 def _one(found: Measured, key: pooling.Key, attacks: Mapping[str, list[Sums]]) -> str:
     parts = []
-    if "direct" in attacks:
+    if "direct" in _estimable(attacks):
         asr = pooling.estimate(attacks["direct"])
         refused = _refused(found, key)
         head = f"it refuses {percent(refused)} of direct requests; " if refused is not None else ""
@@ -228,7 +232,7 @@ def _attacks(models: Models) -> list[str]:
     for own in models.values():
         for attack, cells in own.items():
             by_attack[attack] += cells
-    attacks = {name: cells for name, cells in by_attack.items() if name != "direct"}
+    attacks = _estimable({n: cells for n, cells in by_attack.items() if n != "direct"})
     if len(attacks) < 2:
         return _only(models, attacks)
     over = len(models) > 1
@@ -248,7 +252,7 @@ def _attacks(models: Models) -> list[str]:
     return [f"By ASR{whose}, {which}; the highest estimate is {rate}, of {top.name}."]
 
 
-def _only(models: Models, attacks: Mapping[str, list[Sums]]) -> list[str]:
+def _only(models: Models, attacks: Mapping[str, Sequence[Sums]]) -> list[str]:
     if not attacks or len(models) > 1:
         return []
     ((name, cells),) = attacks.items()
