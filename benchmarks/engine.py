@@ -240,7 +240,6 @@ def main() -> None:
     print(f"engine / bare: {statistics.median(e['rps'] / b['rps'] for e, b in pairs):.2f} of the "
           f"requests/s; {statistics.median(e['ms'] - b['ms'] for e, b in pairs):.3f} more CPU "
           "ms/request")  # fmt: skip
-
     server.terminate()
 
 

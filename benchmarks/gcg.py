@@ -299,6 +299,5 @@ if __name__ == "__main__":
         side, job_file, result_file = sys.argv[2:]
         result = {"peer": peer, "ours": ours}[side](json.loads(Path(job_file).read_text()))
         Path(result_file).write_text(json.dumps(result))
-
     else:
         main()

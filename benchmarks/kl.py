@@ -114,7 +114,6 @@ def main() -> None:
         print(f"{method}: largest difference from float64 {error:.1e} nats")
         if error > 1e-3:
             sys.exit(f"error: {method} differs from float64 by more than 1e-3 nats")
-
     return None
 
 

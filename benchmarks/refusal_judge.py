@@ -95,7 +95,6 @@ def main() -> None:
     options = parser.parse_args()
     for split, pairs in own_labels(options.labels).items():
         show(split, pairs)
-
     files = {path.stem: xstest(path) for path in options.completions}
     for name, pairs in files.items():
         show(name, pairs)
