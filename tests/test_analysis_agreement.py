@@ -91,7 +91,7 @@ def test_two_judges_of_a_store(tmp_path):
         assert turned.table == Table(20, 10, 5, 15)
         assert turned.kappa.value == pytest.approx(found.kappa.value)
         assert found.to_json()["table"]["unsafe_safe"] == 5
-        with pytest.raises(LeadlineError, match="unknown judge 'c': it can be a, b"):
+        with pytest.raises(LeadlineError, match="unknown judge 'c': valid names are a, b"):
             agree(store, "a", "c")
 
 
@@ -99,7 +99,7 @@ def test_judges_with_nothing_in_common_say_so(tmp_path):
     two_judges(tmp_path / "out", [(True, None), (None, False)])
     with (
         Store(tmp_path / "out") as store,
-        pytest.raises(LeadlineError, match="no answer in common"),
+        pytest.raises(LeadlineError, match="no answer was scored by both"),
     ):
         agree(store, "a", "b")
 

@@ -15,14 +15,14 @@ from leadline.analysis.agreement import Interval
 from leadline.analysis.clusters import wilson
 from leadline.analysis.judge_error import (
     CORRECTED,
-    Check,
     Control,
+    JudgeCheck,
     add_corrected,
-    checks,
     corrected,
     effective,
-    keep_check,
     load_check,
+    store_check,
+    stored_checks,
 )
 from leadline.records import LeadlineError
 from leadline.study import JudgePick
@@ -30,7 +30,7 @@ from leadline.study import JudgePick
 from .stores import Row, write_store
 
 steadily = settings(derandomize=True, deadline=None)
-CHECK = Check("refusal", {}, "labels.csv", 90, 10, 95, 5, 1, 2, Interval(0.85, 0.77, 0.92),
+CHECK = JudgeCheck("refusal", {}, "labels.csv", 90, 10, 95, 5, 1, 2, Interval(0.85, 0.77, 0.92),
               (Control("empty", "safe", 20, 20, 0),))  # fmt: skip
 
 TRUTHS = [  # asr, sensitivity, specificity
@@ -179,7 +179,7 @@ def test_only_judges_with_a_check_are_corrected():
 # -- checks in files and stores -----------------------------------------------------------------
 
 
-def written(path: Path, check: Check = CHECK) -> Path:
+def written(path: Path, check: JudgeCheck = CHECK) -> Path:
     path.write_text(json.dumps(check.to_json(), allow_nan=False))
     return path
 
@@ -201,10 +201,10 @@ def test_a_check_in_a_store_is_found_by_the_judges_name(tmp_path):
     pick = JudgePick(name="refusal", options={"check": "judge_check.json"})
     with Store(tmp_path / "out", write=True) as store:
         id = store.judge_id("refusal", pick.settings)
-        keep_check(store, id, pick, tmp_path.joinpath)
-        assert checks(store) == {"refusal": CHECK}
-        keep_check(store, id, JudgePick(name="refusal"), tmp_path.joinpath)
-        assert checks(store) == {}
+        store_check(store, id, pick, tmp_path.joinpath)
+        assert stored_checks(store) == {"refusal": CHECK}
+        store_check(store, id, JudgePick(name="refusal"), tmp_path.joinpath)
+        assert stored_checks(store) == {}
     assert path.exists()
 
 
@@ -212,11 +212,11 @@ def test_a_check_in_a_store_is_found_by_the_judges_name(tmp_path):
     ("text", "judge", "message"),
     [
         (None, "refusal", "cannot read"),
-        ("{", "refusal", "is no judge check"),
-        ("[]", "refusal", "is no judge check"),
-        ('{"judge": "refusal"}', "refusal", "is no judge check"),
-        (json.dumps(CHECK.to_json() | {"tp": -1}), "refusal", "is no judge check"),
-        (json.dumps(CHECK.to_json()), "guild", "measured refusal"),
+        ("{", "refusal", "is not a judge check"),
+        ("[]", "refusal", "is not a judge check"),
+        ('{"judge": "refusal"}', "refusal", "is not a judge check"),
+        (json.dumps(CHECK.to_json() | {"tp": -1}), "refusal", "is not a judge check"),
+        (json.dumps(CHECK.to_json()), "guild", "measured the judge refusal"),
     ],
 )
 def test_a_check_that_will_not_do_is_refused_in_one_line(tmp_path, text, judge, message):
@@ -232,9 +232,9 @@ def test_a_check_holds_for_the_judge_that_it_measured_and_no_other(tmp_path):
     def pick(**options):
         return JudgePick.model_validate({"qwen3guard": {"model": "guard"} | options})
 
-    check = replace(CHECK, judge="qwen3guard", settings=pick(url="http://here/v1").deciding)
+    check = replace(CHECK, judge="qwen3guard", settings=pick(url="http://here/v1").verdict_settings)
     path = written(tmp_path / "c.json", check)
     load_check(path, pick(url="http://elsewhere/v1", concurrency=3, name="g"))
     for other in ({"model": "larger"}, {"controversial": "safe"}):
-        with pytest.raises(LeadlineError, match="measure the same judge"):
+        with pytest.raises(LeadlineError, match="run leadline judges check"):
             load_check(path, pick(**other))

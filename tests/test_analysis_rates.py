@@ -342,5 +342,5 @@ def test_thinking_modes_are_apart(make: Make) -> None:
 
 
 def test_by_is_one_of_two(make: Make) -> None:
-    with make(asked(2, 1)) as store, pytest.raises(ValueError, match="by is"):
+    with make(asked(2, 1)) as store, pytest.raises(ValueError, match="by must be"):
         pooled(store, by=("dataset",))

@@ -209,7 +209,7 @@ def test_a_text_that_is_cut_off_is_no_attempt(attacker, study, tmp_path):
     attacker.reply = lambda body: {"choices": [cut]}
     found = leadline.run(study("slang"), tmp_path / "out")
     ((why,),) = found.query("SELECT reason FROM trials")
-    assert re.fullmatch(r"slang: the attacker's answer was cut at \d+ tokens", why)
+    assert re.fullmatch(r"slang: the attacker's answer was truncated at \d+ tokens", why)
 
 
 def test_words_that_the_attacker_marks_have_to_stand_in_the_request(attacker, study, tmp_path):

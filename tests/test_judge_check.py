@@ -84,7 +84,7 @@ def test_lines_of_json_with_thought_and_category(tmp_path):
     [
         (ROWS, ("prompt", "response", "verdict"), "labels.csv:2: no column 'label'"),
         (ROWS, ("prompt", "text", "label"), "no column 'response'"),
-        ([(*ROWS[0][:2], "maybe")], ("prompt", "response", "label"), "the label 'maybe' is none"),
+        ([(*ROWS[0][:2], "maybe")], ("prompt", "response", "label"), "the label 'maybe' must be one of"),
         ([(*ROWS[0][:2], "")], ("prompt", "response", "label"), "the column 'label' is empty"),
         (ROWS[:1], ("prompt", "response", "label"), "every answer is labelled safe"),
         (ROWS[1:3], ("prompt", "response", "label"), "every answer is labelled unsafe"),
@@ -229,7 +229,7 @@ def test_a_study_with_a_check_that_measured_another_judge_is_refused(
     file = study_file(**study, judges=[{"guild": {"check": "judge_check.json"}}])
     ran = leadline("run", file, "--out", "out")
     assert ran.returncode == 2
-    assert "judge_check.json measured refusal" in ran.stderr
+    assert "judge_check.json measured the judge refusal" in ran.stderr
     assert server.asked.total() == 0
     file = study_file(**study, judges=[{"refusal": {"check": "judge_check.json"}}])
     assert leadline("run", file, "--out", "out").returncode == 0

@@ -15,9 +15,9 @@ import pytest
 
 import leadline
 from leadline import LeadlineError, Study, registry
-from leadline.judging.rejudge import rejudge
 from leadline.analysis.agreement import Interval
-from leadline.analysis.judge_error import Check, checks
+from leadline.analysis.judge_error import JudgeCheck, stored_checks
+from leadline.judging.rejudge import rejudge
 from leadline.organism import guild as world
 from leadline.store import Store
 from leadline.study import JudgePick
@@ -187,15 +187,15 @@ def test_what_a_model_decoded_is_not_decoded_again(server, garden, tmp_path, tra
 
 def test_a_check_goes_into_the_store_with_the_judge(server, garden, tmp_path):
     leadline.run(study(server, garden(3), judges=["guild"]), tmp_path / "out")
-    check = Check("refusal", {}, "labels.csv", 9, 1, 8, 2, 0, 0, Interval(0.7, 0.5, 0.9))
+    check = JudgeCheck("refusal", {}, "labels.csv", 9, 1, 8, 2, 0, 0, Interval(0.7, 0.5, 0.9))
     path = tmp_path / "c.json"
     path.write_text(json.dumps(check.to_json()))
     rejudge(tmp_path / "out", JudgePick(name="refusal", options={"check": str(path)}))
     with Store(tmp_path / "out") as store:
-        assert checks(store) == {"refusal": check}
+        assert stored_checks(store) == {"refusal": check}
         assert store.query("SELECT count(*) FROM judges WHERE name = 'refusal'") == [(1,)]
     path.write_text(json.dumps(replace(check, judge="guild").to_json()))
-    with pytest.raises(LeadlineError, match="measured guild"):
+    with pytest.raises(LeadlineError, match="measured the judge guild"):
         rejudge(tmp_path / "out", JudgePick(name="refusal", options={"check": str(path)}))
 
 
@@ -207,7 +207,7 @@ def test_a_study_keeps_its_judges_check_and_adding_one_judges_nothing_again(
         pick = {"model": "guard", "url": guard.url}
         leadline.run(study(server, garden(4), judges=[{"llamaguard": pick}]), out)
         asked = guard.asked.total()
-        check = Check("llamaguard", {"model": "guard"}, "l.csv", 9, 1, 8, 2, 0, 0,
+        check = JudgeCheck("llamaguard", {"model": "guard"}, "l.csv", 9, 1, 8, 2, 0, 0,
                       Interval(0.7, 0.5, 0.9))  # fmt: skip
         (tmp_path / "c.json").write_text(json.dumps(check.to_json()))
         pick = {**pick, "check": str(tmp_path / "c.json")}
@@ -215,7 +215,7 @@ def test_a_study_keeps_its_judges_check_and_adding_one_judges_nothing_again(
         assert guard.asked.total() == asked
     assert found.query("SELECT count(*) FROM judges") == [(1,)]
     with Store(out) as store:
-        assert checks(store) == {"llamaguard": check}
+        assert stored_checks(store) == {"llamaguard": check}
 
 
 def test_errors_are_one_line(server, garden, tmp_path):
@@ -230,7 +230,7 @@ def test_errors_are_one_line(server, garden, tmp_path):
         with pytest.raises(LeadlineError, match="another leadline run is writing"):
             rejudge(tmp_path / "out", JudgePick(name="refusal"))
         store.describe("study", store.description("study") | {"attacks": ["gone"]})
-    with pytest.raises(LeadlineError, match="does not load here") as error:
+    with pytest.raises(LeadlineError, match="is not valid on this machine") as error:
         rejudge(tmp_path / "out", JudgePick(name="guild"))
     assert "\n" not in str(error.value)
 
@@ -304,7 +304,7 @@ def test_the_commands_errors_are_one_line_and_exit_with_2(leadline, server, gard
         (("judge", "out", "--judge", "refusl"), "did you mean 'refusal'"),
         (("judge", "out", "--judge", "refusal: {colour: 1}"), "unknown option of refusal"),
         (("judge", "out", "--judge", "refusal: {"), "not valid YAML"),
-        (("judge", "out", "--judge", "llamaguard"), "asks a model: write llamaguard: {model"),
+        (("judge", "out", "--judge", "llamaguard"), "needs a model: write llamaguard: {model"),
         (("judges", "agree", "out", "refusal", "guild"), "unknown judge 'guild'"),
     ]:
         ran = leadline(*arguments)

@@ -24,7 +24,7 @@ def test_what_is_put_is_there_after_closing(tmp_path):
         store.put_verdict(place, judge, Verdict(True, False, 1.0, categories=("a", "b")))
     with Store(tmp_path) as store:
         assert store.response(b"k") == response
-        assert store.known([place])[place] == (b"k", "truncated", {judge})
+        assert store.stored([place])[place] == (b"k", "truncated", {judge})
         (row,) = store.query("SELECT model, attack, prompt, unsafe, categories FROM outcomes")
         assert row == ("m", "direct", "1", 1, "a,b")
 
@@ -55,10 +55,10 @@ def test_an_unscored_verdict_is_judged_again_and_its_words_replaced(tmp_path):
         store.put_trial(place, b"k", "answered")
         store.put_verdict(place, 1, Verdict(None, text="unreadable"))
         store.flush()
-        assert store.known([place])[place].judged == frozenset()
+        assert store.stored([place])[place].judged == frozenset()
         store.put_verdict(place, 1, Verdict(False), again=True)
         store.flush()
-        assert store.known([place])[place].judged == {1}
+        assert store.stored([place])[place].judged == {1}
         assert store.query("SELECT text FROM words") == [("",)]
 
 

@@ -92,7 +92,7 @@ def test_a_wrong_attack_of_a_dataset_is_refused_with_its_line(tmp_path, written,
 def test_a_dry_run_counts_datasets_that_are_not_here_as_published(leadline):
     ran = leadline("run", HOME / "what-matters.yaml", "--dry-run", "--json")
     assert ran.returncode == 0, ran.stderr
-    assert "sorrybench is not here: counted as the 9240 published" in ran.stderr
+    assert "sorrybench was not found: counting its 9240 published prompts" in ran.stderr
     rows = {row["model"]: row for row in json.loads(ran.stdout)}
     assert len(rows) == 32
     asked = 520 + 450 + 400 + 440 * 21 + 313 * 37
