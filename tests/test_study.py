@@ -87,7 +87,7 @@ def test_a_file_that_is_no_study_gives_a_one_line_error(tmp_path, text, message)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(LeadlineError, match="cannot read"):
         Study.load(tmp_path / "none.yaml")
 

@@ -120,9 +120,11 @@ class _Judge:
 
 @dataclass(slots=True)
 class _OpenTrial:
-    """A trial without a stored outcome. `recipe` is its key if a model-assisted attack makes the
-    request, else empty. `stale`: its stored row belongs to another request; `again`: its stored row
-    belongs to the same request, which failed or was not scored by every judge."""
+    """A trial that needs a response or a verdict.
+
+    `recipe` is its key if a model-assisted attack makes the request, else empty. `stale`: its
+    stored row belongs to another request. `again`: its stored row belongs to the same request,
+    which failed or was not scored by every judge."""
 
     trial: Trial
     attack: Attack

@@ -419,7 +419,7 @@ def count(plan: Plan) -> dict[str, int]:
 
 
 def _trials_per_prompt(plan: Plan, spec: ModelSpec, attack: Attack, prompts: list[Prompt]) -> int:
-    """The number of trials per prompt."""
+    """Attempts (1 unless the attack's pool is "any") x samples x thinking modes."""
     attempts = 1
     if attack.pool == "any" and not attack.assisted:
         with contextlib.suppress(Exception):

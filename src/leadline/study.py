@@ -6,10 +6,10 @@ Errors name the file's line, what is wrong there and how to fix it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
@@ -66,7 +66,7 @@ class Pick(Strict):
                 f"{cls.kind} {text!r} is not valid YAML: write a name, or 'NAME: {{option: value}}'"
             ) from None
 
-    def plugins(self) -> list[registry.Plugin]:
+    def plugins(self) -> Sequence[registry.Plugin]:
         """The registered plug-ins that this entry names."""
         try:
             return [registry.get(self.kind, self.name)]
@@ -79,6 +79,10 @@ class DatasetPick(Pick):
 
     kind = "dataset"
     general = ("limit", "name", "attacks")
+
+    def plugins(self) -> Sequence[registry.DatasetPlugin]:
+        """The registered dataset, as a list of one."""
+        return cast(Sequence[registry.DatasetPlugin], super().plugins())
 
     @property
     def attacks(self) -> list[AttackPick] | None:
@@ -115,11 +119,11 @@ class AttackPick(Pick):
 
     kind = "attack"
 
-    def plugins(self) -> list[registry.Plugin]:
+    def plugins(self) -> Sequence[registry.AttackPlugin]:
         """One attack, or all attacks of `family:NAME` or `battery:NAME`."""
         grouping, _, name = self.name.partition(":")
         if grouping not in ("family", "battery"):
-            return super().plugins()
+            return cast(Sequence[registry.AttackPlugin], super().plugins())
         grouped = [(p, p.family if grouping == "family" else p.battery)
                    for p in registry.plugins("attack")]  # fmt: skip
         if members := [p for p, group in grouped if group == name]:
@@ -127,7 +131,7 @@ class AttackPick(Pick):
         valid = {group for _, group in grouped} - {""}
         raise wrong(registry.unknown(f"attack {grouping}", name, valid))
 
-    def variants(self) -> Iterator[tuple[str, registry.Plugin, dict[str, Any]]]:
+    def variants(self) -> Iterator[tuple[str, registry.AttackPlugin, dict[str, Any]]]:
         """Yield (label, plug-in, options) for each combination of option values."""
         values = [v if isinstance(v, list) else [v] for v in self.options.values()]
         for plugin in self.plugins():
