@@ -19,7 +19,8 @@ def test_help_shows_the_commands_with_examples(leadline):
     shown = leadline("--help")
     assert shown.returncode == 0
     for command in (
-        "demo", "run", "report", "judge", "judges", "list", "depth", "deepen", "finetune", "organism",
+        "demo", "run", "report", "judge", "judges", "list", "depth", "deepen", "finetune",
+        "organism",
     ):  # fmt: skip
         assert command in shown.stdout
         assert leadline(command, "--help").returncode == 0
