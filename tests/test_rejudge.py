@@ -248,7 +248,7 @@ def test_rejudging_resumes_after_ctrl_c(server, garden, tmp_path):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
         assert process.returncode == 130
-        assert "run the same command again to go on" in said
+        assert "run the same command again to resume" in said
         assert "Traceback" not in said
         guard.delay = 0
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
