@@ -120,7 +120,8 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     """One search, or, with `drawn`, the losses of those candidates alone."""
     import torch
 
-    from leadline.depth.gcg import objective as _losses, search as gcg
+    from leadline.depth.gcg import objective as _losses
+    from leadline.depth.gcg import search as gcg
     from leadline.records import Prompt
 
     torch.set_num_threads(1)
