@@ -1,8 +1,8 @@
 """The cluster bootstrap: intervals for rates in which one prompt counts more than once.
 
-Base prompts are drawn with replacement within each dataset, and all that was measured on one
-prompt moves together: its samples, its variants, and every attack and model that was tried on it.
-So a mean over datasets or attacks, and a ratio of two attacks, come from the same draws.
+Base prompts are drawn with replacement within each dataset. Everything measured on one base prompt
+stays together: its samples, its variants, and all attacks and models. So means over datasets or
+attacks, and ratios of two attacks, are computed within the same draws.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ RESAMPLES = 2000
 LEVEL = 0.95
 
 Measure = Literal["unsafe", "refusal", "utility"]
-"""What is averaged: `unsafe` over harmful prompts, `refusal` and `utility` over harmless ones."""
+"""The column to average: `unsafe` (harmful prompts), `refusal` or `utility` (harmless ones)."""
 
-# Trials with the chosen judge's verdict. A trial that failed or does not apply has none, whatever
-# an earlier run may have left behind. The joins stand in the order in which rows lie on the disk.
+# Trials with the chosen judge's verdict. A failed or not applicable trial has none: a verdict that
+# an earlier run left in the table is ignored. The order of the joins follows the order on disk.
 TRIALS = """
 FROM cells c CROSS JOIN trials t ON t.cell = c.id CROSS JOIN prompts p ON p.id = t.prompt
 LEFT JOIN chosen j ON j.dataset = c.dataset
@@ -42,34 +42,36 @@ LEFT JOIN verdicts v ON v.cell = t.cell AND v.prompt = t.prompt AND v.sample = t
 
 
 def chosen(store: Store, judge: str | None) -> str:
-    """The SQL table `chosen(dataset, judge)`: each dataset's primary judge, or the newest judge of
-    that name for all of them. Raises LeadlineError where the store knows no such judge."""
+    """A SQL WITH clause that defines `chosen(dataset, judge)`: each dataset's primary judge, or the
+    newest judge with the name `judge`. Raises LeadlineError if the store has no such judge."""
     if judge is None:
         return "WITH chosen AS (SELECT dataset, judge FROM primary_judges) "
-    known = dict(store.query("SELECT name, MAX(id) FROM judges GROUP BY name"))
-    if judge not in known:
-        raise LeadlineError(f"in {store.path}: {unknown('judge', judge, known)}")
-    return f"WITH chosen AS (SELECT DISTINCT dataset, {int(known[judge])} AS judge FROM cells) "
+    ids = dict(store.query("SELECT name, MAX(id) FROM judges GROUP BY name"))
+    if judge not in ids:
+        raise LeadlineError(f"in {store.path}: {unknown('judge', judge, ids)}")
+    return f"WITH chosen AS (SELECT DISTINCT dataset, {int(ids[judge])} AS judge FROM cells) "
 
 
 def wilson(successes: float, n: float, level: float = LEVEL) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a proportion; (nan, nan) where n is 0."""
+    """Wilson's score interval (1927) of the proportion successes / n; (nan, nan) if n is 0."""
     if not n:
         return math.nan, math.nan
     z = NormalDist().inv_cdf((1 + level) / 2)
     rate = successes / n
-    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, min(middle - half, rate)), min(1.0, max(middle + half, rate))
+    return max(0.0, min(center - half, rate)), min(1.0, max(center + half, rate))
 
 
 @dataclass(frozen=True)
 class Draws:
-    """A dataset's rates, as measured and in each resample of its base prompts.
+    """The rates of one dataset, as measured and in each resample of its base prompts.
 
-    `rates` is [1 + RESAMPLES, cells], its first row the data themselves; `rows` are the cells'
-    (model, thinking, attack); `prompts` [cells, base prompts] says which of them a cell scored,
-    `once` [cells] whether each of those counts once, as 0 or 1; `n` and `total` are [cells].
+    `rows` are the (model, thinking, attack) of each cell. `rates` has shape [1 + RESAMPLES, cells];
+    its first row are the measured rates. `prompts` has shape [cells, base prompts]: whether the
+    cell has a scored trial of that prompt. `once`, shape [cells]: whether every prompt counts once,
+    as 0 or 1. `n` and `total`, shape [cells]: the number of scored trials (or prompts) and the sum
+    of their values.
     """
 
     dataset: str
@@ -81,19 +83,21 @@ class Draws:
     total: Floats
 
     def interval(self, cell: int) -> tuple[float, float]:
+        """The 95% interval of a cell's rate: Wilson's if every prompt counts once, otherwise the
+        cluster bootstrap's."""
         if self.once[cell]:
             return wilson(self.total[cell], self.n[cell])
         return _interval(self.rates[:, cell], int(self.prompts[cell].sum()))
 
 
 def resample(store: Store, of: Measure = "unsafe", judge: str | None = None) -> list[Draws]:
-    """Draw base prompts with replacement, dataset by dataset. Deterministic: a dataset's draws
-    depend on its name and its number of prompts alone."""
+    """Draw base prompts with replacement, separately for each dataset. Deterministic: a dataset's
+    draws depend only on its name and its number of base prompts."""
     harmful = of == "unsafe"
-    found = store.query(
+    datasets = store.query(
         "SELECT DISTINCT dataset FROM prompts WHERE harmful = ? ORDER BY dataset", (harmful,)
     )
-    draws = (_resample(store, of, judge, dataset) for (dataset,) in found)
+    draws = (_resample(store, of, judge, dataset) for (dataset,) in datasets)
     return [d for d in draws if d.rows]
 
 
@@ -103,7 +107,7 @@ def _resample(store: Store, of: Measure, judge: str | None, dataset: str) -> Dra
     sums = np.array(
         store.query(
             f"{chosen(store, judge)} SELECT c.id, t.prompt, "
-            # pool "any": a prompt counts once, see rates.py
+            # pool "any": each prompt counts once, see rates.py
             f"CASE c.pool WHEN 'any' THEN max(v.{of} IS 1) OR count(v.{of}) = count(*) "
             f"ELSE count(v.{of}) END, "
             f"CASE c.pool WHEN 'any' THEN max(v.{of} IS 1) ELSE total(v.{of}) END {TRIALS} "
@@ -137,10 +141,12 @@ def _resample(store: Store, of: Measure, judge: str | None, dataset: str) -> Dra
 
 
 def pool(draws: list[Draws], *, attacks: bool = False) -> pd.DataFrame:
-    """The mean over datasets per model x thinking x attack, or, with `attacks`, then over attacks.
+    """Mean rates over datasets: one row per model x thinking x attack, or, with `attacks=True`, per
+    model x thinking, as the mean of those over attacks.
 
-    Columns: datasets and prompts that were scored, n, total, rate, low, high; then the
-    amplification over `direct` with its interval (see `rates.pooled`), or how many attacks.
+    Columns: datasets and prompts (the numbers of those that were scored), n, total, rate, low,
+    high; then the amplification over `direct` with its interval (see `rates.pooled`), or attacks
+    (their number).
     """
     import pandas as pd
 
@@ -152,92 +158,98 @@ def pool(draws: list[Draws], *, attacks: bool = False) -> pd.DataFrame:
 
 
 def _per_attack(draws: list[Draws]) -> Iterator[tuple[Any, ...]]:
-    for model, thinking, places, rates in _models(draws):
-        means, attacks = _mean(rates), list(places)
-        for at, attack in enumerate(attacks):
+    for model, thinking, cells, rates in _models(draws):
+        means, attacks = _mean(rates), list(cells)
+        for index, attack in enumerate(attacks):
             ratio: tuple[float, ...] = (math.nan,) * 3
             if attack != "direct" and "direct" in attacks:
-                ratio = _ratio(rates[:, at], rates[:, attacks.index("direct")])
-            yield (model, thinking, attack, *_row(draws, [places[attack]], means[:, at]), *ratio)
+                ratio = _ratio(rates[:, index], rates[:, attacks.index("direct")])
+            row = _row(draws, [cells[attack]], means[:, index])
+            yield (model, thinking, attack, *row, *ratio)
 
 
 def worst(draws: list[Draws], attacks: Collection[str]) -> pd.DataFrame:
-    """The greatest rate among some attacks, per model x thinking, as the mean over datasets: on
-    each dataset, and in each resample, the attack that succeeds most. Columns as those of `pool`
-    over attacks."""
+    """The maximum rate over the given attacks: one row per model x thinking.
+
+    The maximum is taken within each dataset, and within each resample; the rate is the mean of the
+    maxima over datasets. The columns are those of `pool(attacks=True)`."""
     import numpy as np
     import pandas as pd
 
     rows = []
-    for model, thinking, places, rates in _models(draws):
-        chosen = [at for at, attack in enumerate(places) if attack in attacks]
-        cells = [cells for attack, cells in places.items() if attack in attacks]
-        if chosen:
+    for model, thinking, cells, rates in _models(draws):
+        indexes = [index for index, attack in enumerate(cells) if attack in attacks]
+        compared = [cells_of for attack, cells_of in cells.items() if attack in attacks]
+        if indexes:
             with np.errstate(invalid="ignore"):
-                most = np.fmax.reduce(rates[:, chosen], axis=1)
-            rows.append((model, thinking, *_row(draws, cells, _mean(most)), len(chosen)))
+                maxima = np.fmax.reduce(rates[:, indexes], axis=1)
+            rows.append((model, thinking, *_row(draws, compared, _mean(maxima)), len(indexes)))
     columns = ["datasets", "prompts", "n", "total", "rate", "low", "high", "attacks"]
     return pd.DataFrame(rows, columns=["model", "thinking", *columns])
 
 
 def _over_attacks(draws: list[Draws]) -> Iterator[tuple[Any, ...]]:
-    for model, thinking, places, rates in _models(draws):
+    for model, thinking, cells, rates in _models(draws):
         means = _mean(rates)
         scored = int((means[0] == means[0]).sum())
-        yield (model, thinking, *_row(draws, list(places.values()), _mean(means)), scored)
+        yield (model, thinking, *_row(draws, list(cells.values()), _mean(means)), scored)
 
 
-_Places = dict[int, int]  # the cell (column of its draws) by dataset (place in the list of draws)
+_CellsByDataset = dict[int, int]  # index in the list of draws -> index of the cell in those draws
 
 
-def _models(draws: list[Draws]) -> Iterator[tuple[str, str, dict[str, _Places], Floats]]:
-    """Each model x thinking with its cells by attack, and their rates: [1 + RESAMPLES, attacks,
-    datasets], NaN where nothing was scored."""
+def _models(draws: list[Draws]) -> Iterator[tuple[str, str, dict[str, _CellsByDataset], Floats]]:
+    """Yield each model x thinking with its cells by attack, and their rates, of shape
+    [1 + RESAMPLES, attacks, datasets]; NaN where nothing was scored."""
     import numpy as np
 
-    found: dict[tuple[str, str], dict[str, _Places]] = defaultdict(lambda: defaultdict(dict))
+    cells_by_model: dict[tuple[str, str], dict[str, _CellsByDataset]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
     for dataset, d in enumerate(draws):
         for cell, (model, thinking, attack) in enumerate(d.rows):
-            found[model, thinking][attack][dataset] = cell
-    for (model, thinking), attacks in found.items():
-        places = dict(attacks)
-        rates = np.full((1 + RESAMPLES, len(places), len(draws)), np.nan)
-        for at, cells in enumerate(places.values()):
+            cells_by_model[model, thinking][attack][dataset] = cell
+    for (model, thinking), by_attack in cells_by_model.items():
+        rates = np.full((1 + RESAMPLES, len(by_attack), len(draws)), np.nan)
+        for index, cells in enumerate(by_attack.values()):
             for dataset, cell in cells.items():
-                rates[:, at, dataset] = draws[dataset].rates[:, cell]
-        yield model, thinking, places, rates
+                rates[:, index, dataset] = draws[dataset].rates[:, cell]
+        yield model, thinking, dict(by_attack), rates
 
 
-def _row(draws: list[Draws], attacks: list[_Places], curve: Floats) -> tuple[Any, ...]:
+def _row(draws: list[Draws], attacks: list[_CellsByDataset], curve: Floats) -> tuple[Any, ...]:
+    """datasets, prompts, n, total, rate, low, high of a mean over the cells of some attacks;
+    `curve`, shape [1 + RESAMPLES], is that mean as measured and in each resample."""
     prompts, scored = [], []
     for dataset, d in enumerate(draws):
-        cells = [places[dataset] for places in attacks if dataset in places]
+        cells = [by_dataset[dataset] for by_dataset in attacks if dataset in by_dataset]
         scored += [(d, cell) for cell in cells if d.n[cell]]
         prompts.append(int(d.prompts[cells].any(0).sum()))
     prompts = [k for k in prompts if k]
     n, total = (float(sum(getattr(d, of)[cell] for d, cell in scored)) for of in ("n", "total"))
     if len(scored) == 1:
         low, high = scored[0][0].interval(scored[0][1])
-    else:  # Kish's effective number of prompts in a mean where each dataset weighs the same
+    else:  # Kish's effective sample size for a mean in which each dataset has the same weight
         effective = len(prompts) ** 2 / sum(1 / k for k in prompts) if prompts else 0
         low, high = _interval(curve, effective)
     return len(prompts), sum(prompts), int(n), total, float(curve[0]), low, high
 
 
-def _ratio(attacked: Floats, plain: Floats) -> tuple[float, ...]:
-    """How many times the plain rate, over the datasets that have both; NaN where that is 0."""
+def _ratio(attacked: Floats, direct: Floats) -> tuple[float, ...]:
+    """The ratio of an attack's rate to that of `direct`, with its interval, over the datasets that
+    have both; (nan, nan, nan) where the rate of `direct` is 0."""
     import numpy as np
 
-    both = ~np.isnan(attacked[0]) & ~np.isnan(plain[0])
+    both = ~np.isnan(attacked[0]) & ~np.isnan(direct[0])
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = _mean(attacked[:, both]) / _mean(plain[:, both])
+        ratio = _mean(attacked[:, both]) / _mean(direct[:, both])
     if not np.isfinite(ratio[0]):
         return (math.nan,) * 3
     return (float(ratio[0]), *_interval(ratio, 0))
 
 
 def _mean(rates: Floats) -> Floats:
-    """Mean over the last axis of what is known; NaN where nothing is."""
+    """The mean over the last axis, ignoring NaN; NaN where all values are NaN."""
     import numpy as np
 
     known = ~np.isnan(rates)
@@ -247,10 +259,10 @@ def _mean(rates: Floats) -> Floats:
 
 
 def _interval(curve: Floats, prompts: float) -> tuple[float, float]:
-    """Percentiles of a rate's resamples; the first entry of `curve` is the rate itself.
+    """The percentile interval of a rate's resamples; `curve[0]` is the measured rate.
 
-    Where all resamples agree (every prompt safe, or every prompt unsafe) there is nothing to
-    resample: then Wilson's interval over so many prompts, for 0 of 20 is no certain 0.
+    If all resamples are equal (every prompt safe, or every prompt unsafe), the interval is
+    Wilson's over `prompts` prompts: 0 of 20 does not prove a rate of 0.
     """
     import numpy as np
 

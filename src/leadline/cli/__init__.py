@@ -1,5 +1,7 @@
-"""The command line: parse, call, print. Heavy imports stand inside the commands, so that
-`leadline --help` answers at once."""
+"""The command line: each command parses its options, calls the library and prints the result.
+
+Slow imports (torch, pandas, ...) are inside the commands, so that `leadline --help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,15 @@ import sys
 from ..records import LeadlineError
 
 from . import study, depth, align, judges, organism  # isort: skip (the order of the help)
-from ._app import WRONG, app
+from ._app import EXIT_ERROR, app
 
 __all__ = ["align", "app", "depth", "judges", "main", "organism", "study"]
 
 
 def main() -> None:
-    """The `leadline` command: every error that the user can mend is one line."""
+    """Run the `leadline` command. A LeadlineError is printed as one line; the exit status is 2."""
     try:
         app()
     except LeadlineError as error:
         print(f"leadline: {error}", file=sys.stderr)
-        sys.exit(WRONG)
+        sys.exit(EXIT_ERROR)

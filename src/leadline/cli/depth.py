@@ -1,4 +1,4 @@
-"""How deep safety goes."""
+"""The command `depth`."""
 
 from __future__ import annotations
 
@@ -13,30 +13,47 @@ from ._app import Json, app, progress_bar, stoppable
 @app.command()
 def depth(
     models: Annotated[
-        list[str], typer.Argument(help="Model folders, hub ids or organisms, side by side.")
+        list[str],
+        typer.Argument(help="Models to compare: folders, Hugging Face hub ids or organisms."),
     ],
     base: Annotated[
-        str | None, typer.Option(help="The model before alignment, to compare with.")
+        str | None,
+        typer.Option(
+            help="The model before alignment, with the same vocabulary (folder, hub id or "
+            "organism). Some measures need it."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("leadline-depth"),
+    out: Annotated[Path, typer.Option(help="The folder to write the report to.")] = Path(
+        "leadline-depth"
+    ),
     budget: Annotated[
-        str, typer.Option(help="quick, standard or full: how much is measured.")
+        str, typer.Option(help="How much to measure: quick, standard or full.")
     ] = "standard",
     dataset: Annotated[
-        str, typer.Option(help="As in a study file: NAME, or 'NAME: {option: value}'.")
+        str,
+        typer.Option(
+            help="The dataset, as in a study file: NAME, or 'NAME: {option: value}'.",
+        ),
     ] = "guild",
     judge: Annotated[
-        str | None, typer.Option(help="As in a study file (default: the dataset's own).")
+        str | None,
+        typer.Option(help="The judge, as in a study file (default: the dataset's judge)."),
     ] = None,
     only: Annotated[
-        str, typer.Option(help="Measures to take, with commas (default: all).")
-    ] = "kl,refusal_prefix,prefill,decoding,gcg,finetuning",
+        str | None,
+        typer.Option(
+            help="Measures to run, separated by commas (default: all; see leadline list measures)."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how deep the safety of open weights goes, and leave depth.html and depth.json.
+    """Measure how deep the safety alignment of models with open weights goes.
 
-    KL to the base model by token, a refusal's start forced on the base, ASR against the number of
-    forced harmful tokens, decoding settings, suffix search, and fine-tuning. Stopped? Run it again.
+    Safety is shallow if it depends on the first tokens of an answer. The
+    measures include KL divergence from the base model by token, attack success
+    rate (ASR) after prefilled tokens of a harmful answer, sampling settings,
+    adversarial suffix search (GCG), and fine-tuning. Writes depth.html and
+    depth.json. If interrupted, run the same command again to resume.
 
     Examples:
 
@@ -44,18 +61,18 @@ def depth(
 
       leadline depth ./rc1 --base ./rc0 --dataset 'file: {path: harmful.jsonl}' --only kl,prefill
     """
-    from ..depth.run import depth as measure
+    from ..depth.run import measure_depth
     from ..study import DatasetPick, JudgePick
 
     with stoppable(), progress_bar() as listener:
-        report = measure(
+        report = measure_depth(
             models,
             base,
             dataset=DatasetPick.parse(dataset).model_dump(),
             judge=JudgePick.parse(judge).model_dump() if judge else None,
             out=out,
             budget=budget,
-            measures=[name for part in only.split(",") if (name := part.strip())],
+            measures=None if only is None else _names(only),
             listener=listener,
         )
     if as_json:
@@ -64,3 +81,7 @@ def depth(
     for finding in report.findings:
         print(f"- {finding}")
     print(f"Open {report.html}")
+
+
+def _names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]

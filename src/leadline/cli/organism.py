@@ -1,4 +1,4 @@
-"""The invented world's models and files."""
+"""The commands `organism data` and `organism train`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import typer
 
 from ._app import app
 
-organism_app = typer.Typer(no_args_is_help=True, help="Tiny real models of the invented world.")
+organism_app = typer.Typer(
+    no_args_is_help=True, help="Tiny models of an invented world: training them, and their data."
+)
 app.add_typer(organism_app, name="organism")
 
 
 @organism_app.command("data")
 def organism_data(
-    out: Annotated[Path, typer.Option(help="Folder of the files.")] = Path("guild"),
+    out: Annotated[Path, typer.Option(help="The folder to write the files to.")] = Path("guild"),
 ) -> None:
-    """Write the invented world's files to try deepen and finetune on.
+    """Write training data of the invented world, to try `deepen` and `finetune` on.
 
     Example: leadline organism data --out guild
     """
@@ -29,10 +31,14 @@ def organism_data(
 
 @organism_app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Where to write the organisms.")] = Path("organisms"),
-    seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder to write the models to.")] = Path(
+        "organisms"
+    ),
+    seed: Annotated[
+        int, typer.Option(help="The random seed. The same seed gives the same weights.")
+    ] = 0,
 ) -> None:
-    """Train base, aligned, deep and reasoner on the CPU, in minutes.
+    """Train the organisms (base, aligned, deep, reasoner) on the CPU. This takes some minutes.
 
     Example: leadline organism train --out organisms --seed 1
     """

@@ -1,5 +1,5 @@
-"""The shell of every page: one self-contained file whose policy lets nothing in but its own
-scripts, and a template environment that trusts no text."""
+"""Rendering of report pages: one self-contained file, whose content security policy allows only
+its own scripts, from templates that escape all text."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def render(
     template: str, *, plots: Mapping[str, Any], scripts: Sequence[str], styles: Sequence[str],
     **facts: Any,
 ) -> str:  # fmt: skip
-    """The page as text. `plots` is each plot's data by name; `scripts` are put together into one,
-    after plotly where there is a plot to draw."""
+    """The page as text. `plots` holds the data of each plot by name; `scripts` are joined into one,
+    after plotly if there is any plot."""
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    home = files(__package__) / "templates"
-    code = ["\n".join((home / name).read_text("utf-8") for name in scripts)]
+    folder = files(__package__) / "templates"
+    code = ["\n".join((folder / name).read_text("utf-8") for name in scripts)]
     if plots:
         code.insert(0, get_plotlyjs())
     code = [script_code(script) for script in code]
@@ -35,13 +35,13 @@ def render(
         facts,
         plots={name: Markup(script_json(plot)) for name, plot in plots.items()},
         scripts=[Markup(script) for script in code],
-        style=Markup("\n".join((home / name).read_text("utf-8") for name in styles)),
+        style=Markup("\n".join((folder / name).read_text("utf-8") for name in styles)),
         policy=Markup(" ".join(f"'sha256-{digest}'" for digest in hashes)),
     )  # fmt: skip
 
 
 def _environment() -> jinja2.Environment:
-    """Autoescape everywhere, and every string made visible: nobody needs to remember either."""
+    """A template environment that escapes every value and makes hidden characters visible."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -57,5 +57,5 @@ def _environment() -> jinja2.Environment:
 
 
 def _tight(sentence: str) -> str:
-    """A sentence whose intervals, [7%, 27%], are not broken at the end of a line."""
+    """A sentence with no line break inside of an interval such as [7%, 27%]."""
     return re.sub(r" \[[^\[\]]{1,24}\]", lambda found: found[0].replace(" ", "\u00a0"), sentence)

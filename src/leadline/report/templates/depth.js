@@ -67,7 +67,7 @@ function curves(plot) {
       traces.push({
         type: "scatter", mode: dashed ? "lines" : "lines+markers", name: literal(data.series[line.s].name), hoverinfo: "text",
         x: line.points.map((p) => scale(p[0]) + (single ? (nth - (order.size - 1) / 2) * 0.12 : 0)), y: line.points.map((p) => p[1]),
-        text: line.points.map((p) => `<b>${literal(data.series[line.s].name)}</b>${dashed ? "<br>" + literal(line.dash) : ""}<br>${literal(xTitle)}: ${numberX(p[0])}<br>${told(p.slice(1), format)}`),
+        text: line.points.map((p) => `<b>${literal(data.series[line.s].name)}</b>${dashed ? "<br>" + literal(line.dash) : ""}<br>${literal(xTitle)}: ${numberX(p[0])}<br>${withInterval(p.slice(1), format)}`),
         line: { color: tone, width, dash: dashed ? "dot" : "solid" },
         error_y: single && {
           type: "data", symmetric: false, array: line.points.map((p) => (p[3] ?? p[1]) - p[1]), arrayminus: line.points.map((p) => p[1] - (p[2] ?? p[1])),
