@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..records import Finish, LeadlineError, Sampling
 from ..text import one_line
 from . import shared_prefix
+from .memory import out_of_memory
 from .template import quiet
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Weights:
             except Exception as error:
                 if len(jobs) == 1:
                     return [Reply(error=f"{type(error).__name__}: {one_line(error)}")]
-                if _no_memory(error):
+                if out_of_memory(error):
                     self.bearable = tokens // 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -196,7 +197,7 @@ class Weights:
                     stopped=stopped,
                 )
             except Exception as error:
-                if _no_memory(error):
+                if out_of_memory(error):
                     raise
                 self.shares, why = False, one_line(error)
         log.debug("prompts that begin alike are not shared: %s", why)
@@ -240,10 +241,6 @@ class Weights:
             return chances / race
 
         return draw
-
-
-def _no_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "memory" in str(error)
 
 
 def _ids(value: int | Sequence[int] | None) -> set[int]:
