@@ -1,4 +1,4 @@
-"""Out-of-memory errors are told from other errors, without an import of torch."""
+"""Recognizing out-of-memory errors among other errors, without an import of torch."""
 
 from __future__ import annotations
 

@@ -132,10 +132,10 @@ def test_what_is_shared_changes_no_answer(kind: str, temperature: float) -> None
     end_somewhere(weights, prompts[::3], temperature=temperature)
     jobs = [job(ids, n, temperature=temperature) for n, ids in enumerate(prompts)]
     twins = alone(weights, jobs)
-    assert weights.shares is None
+    assert weights.prefix_sharing is None
     seen = watch(weights)
     assert go(weights, jobs) == twins
-    assert weights.shares
+    assert weights.prefix_sharing
     assert {reply.finish for reply in twins} == {"stop", "length"}
     assert len({tuple(reply.ids) for reply in twins}) >= 8
     assert sum(seen[:6]) < sum(map(len, prompts)) / 2
@@ -153,12 +153,12 @@ def test_what_cannot_be_shared_is_asked_plainly(how: str, caplog: Any) -> None:
         assert shared == plainly(weights, jobs)
     else:
         assert shared == twins
-    assert not weights.shares
+    assert not weights.prefix_sharing
     assert [record.levelname for record in caplog.records] == ["DEBUG"]
 
 
 def plainly(weights: Weights, jobs: list[Job]) -> list[Reply]:
-    weights.shares = False
+    weights.prefix_sharing = False
     return go(weights, jobs)
 
 
@@ -186,7 +186,7 @@ def test_a_model_that_answers_otherwise_from_a_cache_is_found_out() -> None:
 
     weights.model.register_forward_hook(hook, with_kwargs=True)
     assert go(weights, [job(ids) for ids in prompts]) == twins
-    assert weights.shares is False
+    assert weights.prefix_sharing is False
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -200,7 +200,7 @@ def test_a_common_head_with_different_ends(temperature: float) -> None:
     twins = alone(weights, jobs)
     seen = watch(weights)
     assert go(weights, jobs) == twins
-    assert weights.shares
+    assert weights.prefix_sharing
     assert max(seen) < 90 + 12 * 50
 
 
@@ -211,7 +211,7 @@ def test_many_samples_of_one_prompt() -> None:
     jobs = [job(prompt, n, temperature=1.5) for n in range(21)]
     twins = alone(weights, jobs)
     assert go(weights, jobs) == twins
-    assert weights.shares
+    assert weights.prefix_sharing
     assert len({tuple(reply.ids) for reply in twins}) == 21
 
 
@@ -226,7 +226,7 @@ def test_an_adapter_in_memory_is_shared() -> None:
     adapted.stops = {1}
     twins = alone(adapted, [job(ids) for ids in prompts])
     assert go(adapted, [job(ids) for ids in prompts]) == twins != before
-    assert adapted.shares
+    assert adapted.prefix_sharing
 
 
 def test_prompts_up_to_the_end_of_the_context() -> None:
@@ -237,7 +237,7 @@ def test_prompts_up_to_the_end_of_the_context() -> None:
     jobs = [job(trunk[:n], max_tokens=8) for n in (50, 52, 53, 54, 55, 56)]
     twins = alone(weights, jobs)
     assert go(weights, jobs) == twins
-    assert weights.shares
+    assert weights.prefix_sharing
 
 
 def test_a_shared_batch_without_memory_is_halved() -> None:
@@ -251,8 +251,8 @@ def test_a_shared_batch_without_memory_is_halved() -> None:
 
     hook = weights.model.register_forward_pre_hook(full, with_kwargs=True)
     assert go(weights, jobs) == twins
-    assert weights.bearable < 2**62
-    assert weights.shares
+    assert weights.max_batch_tokens < 2**62
+    assert weights.prefix_sharing
     hook.remove()
 
 
@@ -275,9 +275,9 @@ def test_any_prompts_share_rightly(prompts: list[list[int]], most: int) -> None:
     weights = make("llama", {**LLAMA, "num_hidden_layers": 1}, vocabulary=6)
     weights.stops = {5}
     with torch.inference_mode():
-        shared = shared_prefix.answers(
+        shared = shared_prefix.generate(
             weights.model,
-            shared_prefix.Trunks(prompts),
+            shared_prefix.SharedPrefixes(prompts),
             most,
             lambda scores: scores.argmax(-1),
             greedy=True,
@@ -293,7 +293,7 @@ def test_any_prompts_share_rightly(prompts: list[list[int]], most: int) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=20))
 def test_families_are_starts_of_their_first(prompts: list[list[int]]) -> None:
-    found = shared_prefix.families(prompts)
+    found = shared_prefix.prefix_groups(prompts)
     assert sorted(n for family in found for n in family) == list(range(len(prompts)))
     trunks = [prompts[family[0]] for family in found]
     for family, trunk in zip(found, trunks, strict=True):
@@ -324,7 +324,7 @@ def test_a_prefill_sweep_is_one_prompt_after_another(monkeypatch: pytest.MonkeyP
         seen = watch(weights)
         generate = weights._generate
         weights._generate = lambda jobs, stopped: (  # type: ignore[method-assign]
-            batches.append([len(f) for f in shared_prefix.families([j.ids for j in jobs])])
+            batches.append([len(f) for f in shared_prefix.prefix_groups([j.ids for j in jobs])])
             or generate(jobs, stopped)
         )
         try:
@@ -336,7 +336,7 @@ def test_a_prefill_sweep_is_one_prompt_after_another(monkeypatch: pytest.MonkeyP
 
     shared = asyncio.run(ask())
     assert batches == [[7, 7]] * 4
-    monkeypatch.setattr(shared_prefix.Trunks, "pay", False)
+    monkeypatch.setattr(shared_prefix.SharedPrefixes, "worthwhile", False)
     assert asyncio.run(ask()) == shared
     assert not any(answer.failed for answer in shared)
     assert len({answer.answer for answer in shared}) > 20

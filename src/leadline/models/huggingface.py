@@ -18,7 +18,7 @@ from typing import Any
 from ..records import LeadlineError, NotApplicable, Request, Response
 from ..text import one_line
 from .checkpoint import check_folder, commit, fingerprint, folder
-from .shared_prefix import families
+from .shared_prefix import prefix_groups
 from .template import Template, read_template
 from .weights import Job, Reply, Weights
 
@@ -192,14 +192,14 @@ class HuggingFaceModel:
             while self._waiting:
                 full = len(self._waiting) >= self._batch_size
                 await asyncio.sleep(0 if full else _MOMENT)
-                batch = self._next_batch(min(self._batch_tokens, weights.bearable))
+                batch = self._next_batch(min(self._batch_tokens, weights.max_batch_tokens))
                 if batch:
                     replies = await loop.run_in_executor(
                         thread, weights.answer, batch, stopped.is_set
                     )
                     for job, reply in zip(batch, replies, strict=True):
-                        if not job.answered.done():
-                            job.answered.set_result(reply)
+                        if not job.future.done():
+                            job.future.set_result(reply)
         finally:  # nothing may wait for ever, whatever ended this
             stopped.set()
             self._give_up(batch + self._waiting)
@@ -207,18 +207,18 @@ class HuggingFaceModel:
     def _give_up(self, jobs: list[Job]) -> None:
         self._waiting = []
         for job in jobs:
-            if not job.answered.done():
-                job.answered.set_result(Reply(error=f"model {self.name} was closed"))
+            if not job.future.done():
+                job.future.set_result(Reply(error=f"model {self.name} was closed"))
 
     def _next_batch(self, batch_tokens: int) -> list[Job]:
         """The request that has waited longest, and those most like it: family by family of prompts
         that begin alike, as in a prefill sweep, and near to its own in length."""
-        waiting = [job for job in self._waiting if not job.answered.done()]  # or cancelled
+        waiting = [job for job in self._waiting if not job.future.done()]  # or cancelled
         batch: list[Job] = []
         width = 0
         if waiting:
             alike = [job for job in waiting if job.settings == waiting[0].settings]
-            kin = families([job.ids for job in alike])
+            kin = prefix_groups([job.ids for job in alike])
             own = next(family for family in kin if 0 in family)
             size = len(alike[own[0]].ids)
             kin.sort(key=lambda family: (family is not own, abs(len(alike[family[0]].ids) - size)))
