@@ -19,7 +19,7 @@ from leadline.align.repair import EvaluationConfig, TrainingConfig
 from leadline.organism.files import guild_files
 
 ALIGNED = "organism:aligned"
-ASKED = ("--dataset", "guild: {limit: 24}")
+SMALL = ("--dataset", "guild: {limit: 24}")
 QUICK = ("--lr", "5e-4", "--batch", "32", "--warmup", "0")
 
 
@@ -37,7 +37,7 @@ def rows(folder: Path) -> dict[str, Any]:
 
 def test_deepen_makes_a_shallow_model_deep(leadline, files, tmp_path: Path):
     command = ("deepen", ALIGNED, "--harmful", files["harmful"], "--utility", files["utility"],
-               "--steps", 60, *QUICK, "--max-prefix", 30, "--watch", 30, *ASKED,
+               "--steps", 60, *QUICK, "--max-prefix", 30, "--watch", 30, *SMALL,
                "--out", "deeper")  # fmt: skip
     ran = leadline(*command, timeout=300)
     assert ran.returncode == 0, ran.stderr

@@ -1,4 +1,4 @@
-"""The installed command, as a user meets it."""
+"""The installed command, run as a user runs it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import leadline as package
+from leadline.registry import KINDS
 from leadline.store import Store
 
 
 def test_help_shows_the_commands_with_examples(leadline):
     shown = leadline("--help")
     assert shown.returncode == 0
-    for command in ("demo", "run", "report", "judge", "judges", "list", "organism"):
+    for command in (
+        "demo", "run", "report", "judge", "judges", "list", "depth", "deepen", "finetune",
+        "organism",
+    ):  # fmt: skip
         assert command in shown.stdout
         assert leadline(command, "--help").returncode == 0
     assert "leadline run study.yaml --dry-run" in leadline("run", "--help").stdout
+    kinds = leadline("list", "--help").stdout
+    assert all(kind in kinds for kind in KINDS)
 
 
 def test_importing_and_help_load_nothing_heavy():
@@ -44,9 +51,10 @@ def test_listing_loads_no_torch():
     assert ran.stdout.strip() == "[]"
 
 
-def test_the_public_face_is_this_and_no_more():
+def test_the_public_names_are_these_and_no_more():
     assert sorted(package.__all__) == [
-        "LeadlineError", "Results", "Study", "__version__", "depth", "results", "run",
+        "DepthReport", "LeadlineError", "Results", "Study", "__version__", "measure_depth",
+        "results", "run",
     ]  # fmt: skip
     for name in package.__all__:
         assert getattr(package, name) is not None
@@ -56,11 +64,11 @@ def test_the_public_face_is_this_and_no_more():
     assert package.run is leadline.engine.run
 
 
-def test_depth_is_a_function_and_a_package_alike():
-    from leadline.depth.gcg import search as gcg  # which binds the package's name in its parent
+def test_depth_is_a_package_and_measure_depth_a_function():
+    import leadline.depth.run
 
-    assert callable(package.depth)
-    assert package.depth.gcg is gcg  # type: ignore[attr-defined]
+    assert isinstance(package.depth, ModuleType)
+    assert package.measure_depth is leadline.depth.run.measure_depth
 
 
 def test_lists_are_tables_or_json(leadline):
@@ -84,6 +92,8 @@ def test_lists_are_tables_or_json(leadline):
     }  # fmt: skip
     models = {row["name"] for row in json.loads(leadline("list", "models", "--json").stdout)}
     assert models >= {"organism:base", "organism:aligned", "organism:deep"}
+    measures = {row["name"] for row in json.loads(leadline("list", "measures", "--json").stdout)}
+    assert measures >= {"kl", "prefill", "decoding", "gcg", "finetuning", "refusal_prefix"}
 
 
 def test_errors_are_one_line_and_exit_with_2(leadline, tmp_path):
@@ -116,8 +126,7 @@ def test_a_dry_run_counts_and_sends_nothing(leadline, server, garden, study_file
     assert server.seen == 0
 
 
-def test_a_run_leaves_a_report_and_says_what_it_found(leadline, server, garden, study_file,
-                                                      tmp_path):  # fmt: skip
+def test_a_run_writes_a_report_and_a_summary(leadline, server, garden, study_file, tmp_path):
     file = study_file(
         name="roses.yaml",
         **{"targets": [{"model": "m", "url": server.url}]},
@@ -135,9 +144,7 @@ def test_a_run_leaves_a_report_and_says_what_it_found(leadline, server, garden, 
     assert (cell["n"], cell["asr"]) == (20, 0.0)
 
 
-def test_failed_trials_make_the_exit_code_1_and_say_how_to_go_on(
-    leadline, server, garden, study_file
-):
+def test_failed_trials_exit_with_1_and_a_hint_to_run_again(leadline, server, garden, study_file):
     server.sticky = {"[3]": 400}
     file = study_file(
         targets=[{"model": "m", "url": server.url}],
@@ -150,7 +157,7 @@ def test_failed_trials_make_the_exit_code_1_and_say_how_to_go_on(
     assert leadline("run", file, "--out", "out").returncode == 0
 
 
-def test_stopped_with_ctrl_c_it_says_how_to_go_on(server, garden, study_file, tmp_path):
+def test_ctrl_c_exits_with_130_and_a_hint_to_run_again(server, garden, study_file, tmp_path):
     server.delay = 0.05
     file = study_file(
         targets=[{"model": "m", "url": server.url}],
@@ -164,9 +171,9 @@ def test_stopped_with_ctrl_c_it_says_how_to_go_on(server, garden, study_file, tm
     while server.seen < 40:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "run the same command again to go on" in said
-    assert "Traceback" not in said
+    assert "run the same command again to resume" in errors
+    assert "Traceback" not in errors
     with Store(tmp_path / "out") as store:
         assert store.query("SELECT count(*) FROM responses")[0][0] >= 30

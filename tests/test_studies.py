@@ -92,7 +92,7 @@ def test_an_invalid_attack_of_a_dataset_is_an_error_with_its_line(tmp_path, writ
 def test_a_dry_run_uses_published_counts_for_missing_datasets(leadline):
     ran = leadline("run", STUDIES / "what-matters.yaml", "--dry-run", "--json")
     assert ran.returncode == 0, ran.stderr
-    assert "sorrybench is not here: counted as the 9240 published" in ran.stderr
+    assert "sorrybench was not found: counting its 9240 published prompts" in ran.stderr
     rows = {row["model"]: row for row in json.loads(ran.stdout)}
     assert len(rows) == 32
     prompts = 520 + 450 + 400 + 440 * 21 + 313 * 37

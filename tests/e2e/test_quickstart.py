@@ -1,4 +1,4 @@
-"""The quickstart, run as it stands: a page that lies does not pass."""
+"""Every block of docs/quickstart.md is run, so that the page cannot become wrong unnoticed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_every_block_of_the_quickstart_runs(tmp_path):
             (tmp_path / name).write_text(text)
             continue
         if kind == "python":
-            python += text  # later blocks go on with the names of earlier ones
+            python += text  # later blocks use names from earlier ones
             continue
         ran = subprocess.run(
             ["bash", "-euc", text], cwd=tmp_path, env={**os.environ, "PATH": path},

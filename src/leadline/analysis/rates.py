@@ -75,7 +75,7 @@ def cells(
         frame[share] = frame[share] / frame["n"].where(frame["judged_refusal"] > 0)
     names = ["asr", "low", "high"]
     frame = _with_intervals(frame, measured or sums(store, "unsafe", judge), names)
-    checks = judge_error.checks(store)
+    checks = judge_error.stored_checks(store)
     if checks:
         frame = judge_error.add_corrected(frame, checks)
     columns = "n unsafe asr low high refused other failed not_applicable blocked truncated empty"

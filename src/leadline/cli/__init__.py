@@ -1,5 +1,7 @@
-"""The command line: parse, call, print. Heavy imports are inside of the commands, so that
-`leadline --help` is fast."""
+"""The command line: each command parses its options, calls the library and prints the result.
+
+Slow imports (torch, pandas, ...) are inside the commands, so that `leadline --help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,15 @@ import sys
 from ..records import LeadlineError
 
 from . import study, depth, align, judges, organism  # isort: skip (the order of the help)
-from ._app import WRONG, app
+from ._app import EXIT_ERROR, app
 
 __all__ = ["align", "app", "depth", "judges", "main", "organism", "study"]
 
 
 def main() -> None:
-    """The `leadline` command: an error that the user can fix is one line on standard error."""
+    """Run the `leadline` command. A LeadlineError is printed as one line; the exit status is 2."""
     try:
         app()
     except LeadlineError as error:
         print(f"leadline: {error}", file=sys.stderr)
-        sys.exit(WRONG)
+        sys.exit(EXIT_ERROR)

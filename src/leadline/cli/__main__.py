@@ -1,3 +1,5 @@
+"""Run the command line with `python -m leadline.cli`."""
+
 from . import main
 
 main()

@@ -1,4 +1,4 @@
-"""The application, and what its commands share: options, progress bars, tables."""
+"""The typer application, and what its commands share: options, progress bars, tables."""
 
 from __future__ import annotations
 
@@ -15,22 +15,20 @@ from ..version import __version__
 if TYPE_CHECKING:
     from ..progress import Progress
 
-FAILED, WRONG, STOPPED = 1, 2, 130
+EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Measure how deep a language model's safety alignment is, and make it deeper.\n\n"
-    "Start with [bold]leadline demo[/bold]: attacks and depth measures on four tiny models that "
-    "ship with Leadline.",
+    help="Measure how deep a language model's safety alignment goes, and make it deeper.\n\n"
+    "Start with [bold]leadline demo[/bold]: it attacks tiny language models that ship with "
+    "Leadline, and needs no server, no download and no GPU.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Reveal = Annotated[
-    bool, typer.Option("--reveal", help="Show unsafe texts instead of redacting them.")
-]
+Reveal = Annotated[bool, typer.Option("--reveal", help="Show unsafe text in the report.")]
 
 
 def _version(value: bool) -> None:
@@ -55,7 +53,7 @@ def _common(
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """A progress listener that draws a line per target, with the time left."""
+    """A listener that shows one progress bar per target (or part of the work) on stderr."""
     from rich.console import Console
     from rich.logging import RichHandler
     from rich.progress import (
@@ -70,22 +68,22 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[state]}"),
+        TextColumn("remaining"), TimeRemainingColumn(), TextColumn("{task.fields[failures]}"),
     )  # fmt: skip
     log = logging.getLogger("leadline")
-    before = log.handlers
+    previous_handlers = log.handlers
     bars = Bars(*columns, console=console, transient=False)
     tasks: dict[str, Any] = {}
 
     def listen(progress: Progress) -> None:
-        if not tasks:  # a run that fails before its first step leaves no empty bars
+        if not tasks:  # not earlier: an error before the first report then leaves no empty bars
             bars.start()
         for name, total in progress.total.items():
             if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total, state="")
-            state = f"{progress.failed} failed" if progress.failed else ""
+                tasks[name] = bars.add_task(name, total=total, failures="")
+            failures = f"{progress.failed} failed" if progress.failed else ""
             done = progress.done.get(name, 0)
-            bars.update(tasks[name], total=total, completed=done, state=state)
+            bars.update(tasks[name], total=total, completed=done, failures=failures)
 
     log.handlers = [RichHandler(console=console, show_time=False, show_path=False)]
     try:
@@ -93,30 +91,30 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
     finally:
         if tasks:
             bars.stop()
-        log.handlers = before
+        log.handlers = previous_handlers
 
 
-def print_table(heads: tuple[str, ...], rows: list[list[str]]) -> None:
-    """Print a table: as wide as the terminal, or 200 characters where the output is piped."""
+def print_table(headers: tuple[str, ...], rows: list[list[str]]) -> None:
+    """Print a table to stdout, 200 columns wide if stdout is not a terminal."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, head in enumerate(heads):
-        table.add_column(head, overflow="fold", no_wrap=i == 0)
+    for i, header in enumerate(headers):
+        table.add_column(header, overflow="fold", no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
     console = Console()
-    if not console.is_terminal:  # piped: whole lines for grep
+    if not console.is_terminal:  # unbroken lines for grep
         console.width = 200
     console.print(table)
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn Ctrl-C into a message and exit code 130."""
+    """Exit with status 130 and one line on Ctrl-C: the same command resumes the work."""
     try:
         yield
     except KeyboardInterrupt:
-        print("leadline: stopped; run the same command again to resume", file=sys.stderr)
-        raise typer.Exit(STOPPED) from None
+        print("leadline: interrupted; run the same command again to resume", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None

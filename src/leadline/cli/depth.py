@@ -1,4 +1,4 @@
-"""`leadline depth`: measure how deep the safety of models is."""
+"""The command `depth`."""
 
 from __future__ import annotations
 
@@ -14,22 +14,30 @@ from ._app import Json, app, progress_bar, stoppable
 def depth(
     models: Annotated[
         list[str],
-        typer.Argument(help="Model folders, hub ids or organisms; compared side by side."),
+        typer.Argument(help="Models to compare: folders, Hugging Face hub ids or organisms."),
     ],
     base: Annotated[
         str | None,
-        typer.Option(help="The model before alignment; kl and refusal_prefix compare with it."),
+        typer.Option(
+            help="The model before alignment, with the same vocabulary (folder, hub id or "
+            "organism). Some measures need it."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("leadline-depth"),
+    out: Annotated[Path, typer.Option(help="The folder to write the report to.")] = Path(
+        "leadline-depth"
+    ),
     budget: Annotated[
         str, typer.Option(help="How much to measure: quick, standard or full.")
     ] = "standard",
     dataset: Annotated[
-        str, typer.Option(help="Dataset, as in a study file: NAME or 'NAME: {option: value}'.")
+        str,
+        typer.Option(
+            help="The dataset, as in a study file: NAME, or 'NAME: {option: value}'.",
+        ),
     ] = "guild",
     judge: Annotated[
         str | None,
-        typer.Option(help="Judge, as in a study file (default: the judge of the dataset)."),
+        typer.Option(help="The judge, as in a study file (default: the dataset's judge)."),
     ] = None,
     only: Annotated[
         str | None,
@@ -39,11 +47,13 @@ def depth(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how deep the safety of models with open weights is; write depth.html and depth.json.
+    """Measure how deep the safety alignment of models with open weights goes.
 
-    Measures: ASR against the number of prefilled tokens of a harmful answer, KL divergence from the
-    base model by token, fine-tuning, suffix search (GCG), sampling settings, and refusal prefixes
-    on the base model. Run the same command again to resume a run that was stopped.
+    Safety is shallow if it depends on the first tokens of an answer. The
+    measures include KL divergence from the base model by token, attack success
+    rate (ASR) after prefilled tokens of a harmful answer, sampling settings,
+    adversarial suffix search (GCG), and fine-tuning. Writes depth.html and
+    depth.json. If interrupted, run the same command again to resume.
 
     Examples:
 
@@ -62,9 +72,7 @@ def depth(
             judge=JudgePick.parse(judge).model_dump() if judge else None,
             out=out,
             budget=budget,
-            measures=None
-            if only is None
-            else [p for part in only.split(",") if (p := part.strip())],
+            measures=None if only is None else _names(only),
             listener=listener,
         )
     if as_json:
@@ -73,3 +81,7 @@ def depth(
     for finding in report.findings:
         print(f"- {finding}")
     print(f"Open {report.html}")
+
+
+def _names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]

@@ -1,4 +1,4 @@
-"""Commands that measure judges: check, agree."""
+"""The commands `judges check` and `judges agree`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ import typer
 from ..records import LeadlineError
 from ._app import Json, app, print_table, progress_bar, stoppable
 
-judges_app = typer.Typer(no_args_is_help=True, help="Measure how reliable judges are.")
+judges_app = typer.Typer(
+    no_args_is_help=True, help="Measure judges: against human labels, or against each other."
+)
 app.add_typer(judges_app, name="judges")
 
 JudgeOption = Annotated[
-    str, typer.Option("--judge", help="Judge, as in a study file: NAME or 'NAME: {option: value}'.")
+    str,
+    typer.Option(
+        "--judge", help="The judge, as in a study file: NAME, or 'NAME: {option: value}'."
+    ),
 ]
 
 
@@ -23,18 +28,22 @@ JudgeOption = Annotated[
 def check(
     labels: Annotated[
         Path,
-        typer.Argument(help="Table (CSV, JSONL, ...) with the columns prompt, response, label."),
+        typer.Argument(
+            help="A table (CSV, JSON, JSONL, Parquet) with the columns prompt, response and label."
+        ),
     ],
     judge: JudgeOption,
     out: Annotated[
-        Path, typer.Option(help="Output file, for the option check: of a judge in a study.")
-    ] = (Path("judge_check.json")),
+        Path, typer.Option(help="The file to write the result to, for a judge's check: option.")
+    ] = Path("judge_check.json"),
     as_json: Json = False,
 ) -> None:
-    """Compare a judge with human labels (safe or unsafe, 0 or 1).
+    """Compare a judge's verdicts with human labels (safe or unsafe, or 0 and 1).
 
-    Reports sensitivity, specificity and Cohen's kappa with 95% intervals, and the judge's verdicts
-    on empty and random answers, echoes of the prompt, and refusals followed by compliance.
+    Prints sensitivity, specificity and Cohen's kappa with 95% intervals, and
+    the judge's verdicts on controls: empty and random answers, echoes of the
+    prompt, and refusals followed by compliance. A study that names the result
+    as `check:` reports an ASR corrected for the judge's errors.
 
     Example: leadline judges check labels.csv --judge refusal
     """
@@ -42,11 +51,11 @@ def check(
     from ..study import JudgePick
 
     pick = JudgePick.parse(judge)
-    if not out.parent.is_dir():  # before the judge is called
+    if not out.parent.is_dir():  # before any request to a judge that costs money
         raise LeadlineError(f"cannot write {out} (no folder {out.parent}): give another --out")
     with stoppable(), progress_bar() as listener:
-        found = check_judge(labels, pick, listener)
-    text = json.dumps(found.to_json(), indent=2)
+        result = check_judge(labels, pick, listener)
+    text = json.dumps(result.to_json(), indent=2)
     try:
         out.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -54,26 +63,27 @@ def check(
     if as_json:
         print(text)
         return
-    unsafe, safe = found.tp + found.fn, found.tn + found.fp
+    unsafe, safe = result.tp + result.fn, result.tn + result.fp
     print_table(
         ("", "rate", "95% interval", "responses"),
         [
-            ["sensitivity (unsafe called unsafe)", *_rate(found.sensitivity), str(unsafe)],
-            ["specificity (safe called safe)", *_rate(found.specificity), str(safe)],
-            ["Cohen's kappa", *_rate(found.kappa), str(unsafe + safe)],
+            ["sensitivity (unsafe answers judged unsafe)", *_rate(result.sensitivity), str(unsafe)],
+            ["specificity (safe answers judged safe)", *_rate(result.specificity), str(safe)],
+            ["Cohen's kappa", *_rate(result.kappa), str(unsafe + safe)],
         ],
     )
-    if unscored := found.unscored_unsafe + found.unscored_safe:
-        print(f"unscored: {unscored} ({found.unscored_unsafe} of them labelled unsafe)")
+    if unscored := result.unscored_unsafe + result.unscored_safe:
+        print(f"unscored: {unscored} ({result.unscored_unsafe} of them labelled unsafe)")
     print()
     print_table(
-        ("control", "expected", "correct", "unscored"),
-        [[c.name, c.expected, f"{c.right} of {c.n}", str(c.unscored)] for c in found.controls],
+        ("control", "expected", "judged correctly", "unscored"),
+        [[c.name, c.expected, f"{c.right} of {c.n}", str(c.unscored)] for c in result.controls],
     )
     print(f"Written to {out}")
 
 
 def _rate(rate: tuple[float, float, float]) -> tuple[str, str]:
+    """Two table cells: a rate and its interval."""
     value, low, high = rate
     if value != value:
         return "unknown", ""
@@ -82,12 +92,15 @@ def _rate(rate: tuple[float, float, float]) -> tuple[str, str]:
 
 @judges_app.command()
 def agree(
-    folder: Annotated[Path, typer.Argument(help="Results folder of leadline run.")],
-    first: Annotated[str, typer.Argument(help="Name of a judge of the study.")],
-    second: Annotated[str, typer.Argument(help="Name of another judge.")],
+    folder: Annotated[Path, typer.Argument(help="The results folder of a study.")],
+    first: Annotated[str, typer.Argument(help="The name of a judge of that study.")],
+    second: Annotated[str, typer.Argument(help="The name of another judge of that study.")],
     as_json: Json = False,
 ) -> None:
-    """Compute the agreement of two judges on the same responses to harmful prompts.
+    """Compare the verdicts of two judges on the same answers to harmful prompts.
+
+    Prints the table of verdicts, the agreement and Cohen's kappa with 95%
+    intervals. To add a judge to a finished study, use `leadline judge`.
 
     Example: leadline judges agree results refusal qwen3guard
     """
@@ -95,11 +108,11 @@ def agree(
     from ..store import Store
 
     with Store(folder) as store:
-        found = compare(store, first, second)
+        result = compare(store, first, second)
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json.dumps(result.to_json(), indent=2))
         return
-    both, only_first, only_second, neither = map(str, found.table)
+    both, only_first, only_second, neither = map(str, result.table)
     print_table(
         ("", f"{second}: unsafe", f"{second}: safe"),
         [[f"{first}: unsafe", both, only_first], [f"{first}: safe", only_second, neither]],
@@ -107,7 +120,7 @@ def agree(
     print()
     print_table(
         ("", "rate", "95% interval"),
-        [["agreement", *_rate(found.agreement)], ["Cohen's kappa", *_rate(found.kappa)]],
+        [["agreement", *_rate(result.agreement)], ["Cohen's kappa", *_rate(result.kappa)]],
     )
-    if found.unscored:
-        print(f"unscored by at least one of them: {found.unscored}")
+    if result.unscored:
+        print(f"unscored by one or both judges: {result.unscored}")

@@ -1,4 +1,4 @@
-"""Commands for the organisms, the tiny models that ship with Leadline."""
+"""The commands `organism data` and `organism train`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import typer
 from ._app import app
 
 organism_app = typer.Typer(
-    no_args_is_help=True, help="Tiny models of an invented world, for trying things out."
+    no_args_is_help=True, help="Tiny models of an invented world: training them, and their data."
 )
 app.add_typer(organism_app, name="organism")
 
 
 @organism_app.command("data")
 def organism_data(
-    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("guild"),
+    out: Annotated[Path, typer.Option(help="The folder to write the files to.")] = Path("guild"),
 ) -> None:
-    """Write example data for leadline deepen and leadline finetune.
+    """Write training data of the invented world, to try `deepen` and `finetune` on.
 
     Example: leadline organism data --out guild
     """
@@ -31,12 +31,14 @@ def organism_data(
 
 @organism_app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for the organisms.")] = Path("organisms"),
+    out: Annotated[Path, typer.Option(help="The folder to write the models to.")] = Path(
+        "organisms"
+    ),
     seed: Annotated[
-        int, typer.Option(help="Random seed; the same seed gives the same weights.")
+        int, typer.Option(help="The random seed. The same seed gives the same weights.")
     ] = 0,
 ) -> None:
-    """Train the organisms base, aligned, deep and reasoner; takes minutes on a CPU.
+    """Train the organisms (base, aligned, deep, reasoner) on the CPU. This takes some minutes.
 
     Example: leadline organism train --out organisms --seed 1
     """

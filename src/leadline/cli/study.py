@@ -1,4 +1,4 @@
-"""Commands for studies: demo, run, report, judge, list."""
+"""The commands for studies: `demo`, `run`, `report`, `judge` and `list`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._app import FAILED, Json, Reveal, app, print_table, progress_bar, stoppable
+from ._app import EXIT_FAILED, Json, Reveal, app, print_table, progress_bar, stoppable
 from .judges import JudgeOption
 
 if TYPE_CHECKING:
     from ..plan import Estimate
 
+Folder = Annotated[Path, typer.Argument(help="The results folder of a study.")]
+
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("leadline-demo"),
+    out: Annotated[Path, typer.Option(help="The folder to write the results to.")] = Path(
+        "leadline-demo"
+    ),
     reveal: Reveal = False,
 ) -> None:
-    """Run attacks on four tiny models (organisms), and measure how deep their safety is.
+    """Attack four tiny models, judge their answers, and measure how deep their safety goes.
 
-    The models, of an invented world, ship with Leadline: nothing is downloaded, and all texts are
-    harmless. Takes about a minute and writes two reports.
+    The models (organisms) ship with Leadline. They were trained on a harmless
+    invented world, so the demo needs no server, no download and no GPU. It
+    writes report.html and depth/depth.html.
 
     Example: leadline demo --out leadline-demo
     """
@@ -35,10 +40,10 @@ def demo(
 
     with as_file(files("leadline") / "demo.yaml") as study:
         _run(study, out, limit=None, dry_run=False, as_json=False, reveal=reveal)
-    names = [f"organism:{name}" for name in organism.names()]
+    models = [f"organism:{name}" for name in organism.names()]
     with stoppable(), progress_bar() as listener:
         report = measure_depth(
-            names, "organism:base", out=out / "depth", budget="quick", listener=listener
+            models, "organism:base", out=out / "depth", budget="quick", listener=listener
         )
     for finding in report.findings[:3]:
         print(f"- {finding}")
@@ -49,19 +54,24 @@ def demo(
 def run(
     study: Annotated[Path, typer.Argument(help="Study file (YAML).")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results (default: the study's name).")
+        Path | None,
+        typer.Option(help="The results folder (default: leadline-NAME, with the study's name)."),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only count trials, requests and tokens; send nothing."),
+        typer.Option("--dry-run", help="Count trials, requests and tokens without sending any."),
     ] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use at most this many prompts of each dataset.")
+        int | None, typer.Option(min=1, help="The maximum number of prompts per dataset.")
     ] = None,
     reveal: Reveal = False,
     as_json: Json = False,
 ) -> None:
-    """Run a study, or resume one that was stopped: stored responses are not generated again.
+    """Run a study: attack the models, judge their answers, and write a report.
+
+    Writes leadline.sqlite, report.html and summary.json to the results folder.
+    If interrupted or killed, run the same command again: only missing trials
+    are sent.
 
     Examples:
 
@@ -87,78 +97,84 @@ def _run(
         results = engine.run(study, folder, limit=limit, listener=listener)
     from ..report.study.page import write_report
 
-    page = write_report(folder, reveal=reveal)
+    report = write_report(folder, reveal=reveal)
     if as_json:
         print((folder / "summary.json").read_text(encoding="utf-8"))
     else:
-        for finding in page.findings[:3]:
+        for finding in report.findings[:3]:
             print(f"- {finding}")
-        print(f"Open {page.html}")
+        print(f"Open {report.html}")
     failed, unscored = results.failed(), results.progress.unscored if results.progress else 0
     if unscored:
-        print(
-            f"leadline: {unscored} responses could not be scored: see the report", file=sys.stderr
-        )
+        print(f"leadline: {unscored} answers are unscored: see the report", file=sys.stderr)
     if failed:
         print(
             f"leadline: {failed} trials failed: run the same command again to retry only these",
             file=sys.stderr,
         )
-        raise typer.Exit(FAILED)
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _slug(name: str) -> str:
-    kept = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.strip())
-    return kept.strip(".-") or "study"
+    """A study's name as part of a folder name."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.strip())
+    return safe.strip(".-") or "study"
 
 
-def _print_estimates(rows: list[Estimate], as_json: bool) -> None:
+def _print_estimates(estimates: list[Estimate], as_json: bool) -> None:
     from dataclasses import asdict
 
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        print(json.dumps([asdict(row) for row in estimates], indent=2))
         return
-    heads = ("model", "trials", "requests", "prompt tokens (about)", "answer tokens (at most)")
+    headers = ("model", "trials", "requests", "prompt tokens (about)", "answer tokens (at most)")
     table = [
         (row.model, (row.trials, row.requests, row.prompt_tokens, row.answer_tokens))
-        for row in rows
+        for row in estimates
     ]
-    if len(rows) > 1:
+    if len(estimates) > 1:
         table.append(("all", tuple(map(sum, zip(*(n for _, n in table), strict=True)))))  # type: ignore[arg-type]
-    print_table(heads, [[name, *(f"{n:,}" for n in numbers)] for name, numbers in table])
+    print_table(headers, [[name, *(f"{n:,}" for n in numbers)] for name, numbers in table])
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Results folder of leadline run.")],
+    folder: Folder,
     reveal: Reveal = False,
-    judge: Annotated[str | None, typer.Option(help="Show the verdicts of this judge.")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Report this judge's verdicts (default: each dataset's primary judge)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write report.html and summary.json of a study, which may still be running.
+    """Write report.html and summary.json from the stored results of a study.
+
+    This works while the study is still running. Unsafe text is redacted unless
+    --reveal is given.
 
     Example: leadline report results
     """
     from ..report.study.page import write_report
 
-    page = write_report(folder, reveal=reveal, judge=judge)
+    report = write_report(folder, reveal=reveal, judge=judge)
     if as_json:
         print((folder / "summary.json").read_text(encoding="utf-8"))
         return
-    for finding in page.findings:
+    for finding in report.findings:
         print(f"- {finding}")
-    print(f"Open {page.html}")
+    print(f"Open {report.html}")
 
 
 @app.command()
 def judge(
-    folder: Annotated[Path, typer.Argument(help="Results folder of leadline run.")],
+    folder: Folder,
     judge: JudgeOption,
     as_json: Json = False,
 ) -> None:
-    """Judge the stored responses of a study with another judge; nothing is generated.
+    """Judge the stored answers of a study with another judge.
 
-    Responses that this judge has scored before are skipped, unscored ones are judged again.
+    No answer is generated again. If this judge judged some of the answers
+    before, only those without a verdict are sent to it.
 
     Examples:
 
@@ -176,30 +192,42 @@ def judge(
     if as_json:
         print(results(folder).cells(pick.label).to_json(orient="records", indent=2))
     else:
-        print(f"{pick.label} judged {progress.done[pick.label]} responses")
-        print(f"To show them: leadline report {folder} --judge {pick.label}")
+        print(f"{pick.label} judged {progress.done[pick.label]} answers")
+        print(f"To report them: leadline report {folder} --judge {pick.label}")
     if progress.unscored:
-        why = f" (the first: {progress.notes[0]})" if progress.notes else ""
-        print(f"leadline: {progress.unscored} responses could not be scored{why}", file=sys.stderr)
+        reason = f" (first reason: {progress.notes[0]})" if progress.notes else ""
+        print(f"leadline: {progress.unscored} answers are unscored{reason}", file=sys.stderr)
 
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="attacks, datasets, judges, models or measures.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND", help="What to list: attacks, datasets, judges, models or measures."
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
-    """List all attacks, datasets, judges, models or depth measures, with their sources.
+    """List the attacks, datasets, judges, models or depth measures that can be used.
 
-    Example: leadline list attacks --json
+    Plug-ins of other installed packages are included. Each row shows what an
+    entry needs and where it was published.
+
+    Examples:
+
+      leadline list attacks
+
+      leadline list measures --json
     """
     from .. import catalogue
 
-    rows = catalogue.rows(what)
+    rows = catalogue.rows(kind)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    heads = catalogue.columns(what)
-    print_table(heads, [[_shown(row[head]) for head in heads] for row in rows])
+    headers = catalogue.columns(kind)
+    print_table(headers, [[_shown(row[header]) for header in headers] for row in rows])
 
 
 def _shown(value: Any) -> str:
