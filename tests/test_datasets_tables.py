@@ -169,10 +169,10 @@ def test_a_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:
         (
             "g.json",
             '[{"prompt": "Dig"}, "Sow"]',
-            "g.json row 2: a str where an object with named columns is expected",
+            "g.json row 2: a str, not an object with named columns",
         ),
         ("g.jsonl", '{"prompt": "Dig"}\n{"prompt": "S', "g.jsonl:2: not JSON (Unterminated"),
-        ("g.jsonl", '{"prompt": "Dig"}\n\n[1]\n', "g.jsonl:3: a list where an object"),
+        ("g.jsonl", '{"prompt": "Dig"}\n\n[1]\n', "g.jsonl:3: a list, not an object"),
         ("g.jsonl", '{"prompt": ["a", "b"]}', "g.jsonl:1: the column 'prompt' has a list"),
         ("g.jsonl", '{"prompt": "\\ud800"}', "g.jsonl:1: the column 'prompt' has an unpaired"),
         ("g.jsonl", "[" * 100_000, "g.jsonl:1: not valid JSON"),

@@ -154,9 +154,7 @@ def _parsed(text: str, name: str, line: int) -> Any:
 def _object(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
-    raise LeadlineError(
-        f"{where}: a {type(value).__name__} where an object with named columns is expected"
-    )
+    raise LeadlineError(f"{where}: a {type(value).__name__}, not an object with named columns")
 
 
 def _parquet(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
