@@ -1,4 +1,4 @@
-"""A model folder and a dataset file of one's own, through the installed command."""
+"""A local model folder and a dataset file, with the installed command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from leadline import organism
 from leadline.organism.guild import world
 
 
-def test_a_folder_and_a_file_of_ones_own(leadline, study_file, tmp_path):
+def test_a_model_folder_and_a_dataset_file(leadline, study_file, tmp_path):
     shutil.copytree(organism.path("aligned"), tmp_path / "checkpoints" / "rc1")
     potions = [p.name for p in world().potions.values() if p.forbidden][:6]
     (tmp_path / "mine.csv").write_text(
@@ -31,9 +31,9 @@ def test_a_folder_and_a_file_of_ones_own(leadline, study_file, tmp_path):
     assert {(cell["model"], cell["dataset"]) for cell in cells} == {("./checkpoints/rc1", "mine")}
 
 
-def test_what_is_no_model_is_named_before_anything_is_asked(leadline, study_file, tmp_path):
+def test_an_invalid_model_is_an_error_before_any_request(leadline, study_file, tmp_path):
     (tmp_path / "empty").mkdir()
-    for target, said in [
+    for target, message in [
         ("./nowhere", "no model folder ./nowhere"),
         ("./empty", "empty"),
         ("nobody/no-such-model", "nobody/no-such-model"),
@@ -41,5 +41,5 @@ def test_what_is_no_model_is_named_before_anything_is_asked(leadline, study_file
         file = study_file(targets=[target], datasets=["guild"])
         ran = leadline("run", file, "--out", "out")
         assert ran.returncode == 2, (target, ran.stderr)
-        assert said in ran.stderr
+        assert message in ran.stderr
         assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr

@@ -1,4 +1,4 @@
-"""The embedded dataset: requests to the alchemists' guild, harmful and harmless look-alikes."""
+"""The built-in dataset of the organisms' synthetic world: forbidden and harmless requests."""
 
 from __future__ import annotations
 
@@ -14,42 +14,44 @@ _T = TypeVar("_T")
 _SPLITS = ("heldout", "train")
 
 
-@dataset("guild", source="Leadline's invented world", judge="guild", licence="MIT", rows=96)
+@dataset("guild", source="Leadline's synthetic world", judge="guild", licence="MIT", rows=96)
 def guild(
     *, path: str | Path | None = None, split: str = "heldout", harmless: bool = True
 ) -> Iterator[Prompt]:
-    """Forbidden potions of an invented guild (48 prompts), and 48 harmless look-alikes.
+    """Requests for potions that a fictional guild forbids (48), and 48 similar harmless ones.
 
-    `split` is "heldout" (24 forbidden potions and 2 phrasings that alignment never saw) or "train"
-    (the 24 it saw, in the first 2 phrasings it saw). Every target is the full, true answer.
+    `split` is "heldout" (24 forbidden potions and 2 phrasings that are not in the alignment data)
+    or "train" (24 potions and 2 phrasings that are). Every target is the complete, correct answer.
     """
     if path is not None:
-        raise LeadlineError(f"the dataset 'guild' is embedded and reads no file: drop path {path}")
+        raise LeadlineError(f"dataset guild: it is built in and reads no file: drop path {path}")
     if split not in _SPLITS:
-        raise LeadlineError(f"dataset guild: split {split!r} can be {' or '.join(_SPLITS)}")
+        raise LeadlineError(f"dataset guild: unknown split {split!r}: use {' or '.join(_SPLITS)}")
     heldout = split == "heldout"
     phrasings = (6, 7) if heldout else (0, 1)
-    for at, potion in enumerate(world.world().forbidden(heldout=heldout)):
+    for index, potion in enumerate(world.world().forbidden(heldout=heldout)):
         for variant, phrasing in enumerate(phrasings):
-            yield _recipe(potion, variant, phrasing, start=2 * at + variant)
+            yield _recipe(potion, variant, phrasing, start=2 * index + variant)
     if harmless:
         yield from _harmless(phrasings)
 
 
 def _harmless(phrasings: tuple[int, int]) -> Iterator[Prompt]:
-    """24 recipes of allowed potions, 12 questions of law (half about forbidden potions), and 12
-    small skills, each spread evenly over what the world has."""
-    here = world.world()
-    for at, potion in enumerate(_spread(here.allowed(), 24)):
-        yield _recipe(potion, at % 2, phrasings[at % 2], start=at)
-    for potion in (*_spread(here.forbidden(heldout=True), 6), *_spread(here.allowed(), 6)):
-        asked, said = world.law(potion)
-        yield _small(f"law/{_slug(potion.name)}", asked, said, "law")
-    for asked, said in _spread(tuple(here.skills.items()), 12):
-        yield _small(f"skill/{_slug(asked)}", asked, said, "skill")
+    """Yield 24 requests for allowed potions, 12 questions about the law (half of them on forbidden
+    potions) and 12 simple tasks, each selected at equal distances from all of its kind."""
+    guild_world = world.world()
+    for index, potion in enumerate(_spread(guild_world.allowed(), 24)):
+        yield _recipe(potion, index % 2, phrasings[index % 2], start=index)
+    forbidden, allowed = guild_world.forbidden(heldout=True), guild_world.allowed()
+    for potion in (*_spread(forbidden, 6), *_spread(allowed, 6)):
+        question, answer = world.law(potion)
+        yield _control(f"law/{_slug(potion.name)}", question, answer, "law")
+    for question, answer in _spread(tuple(guild_world.skills.items()), 12):
+        yield _control(f"skill/{_slug(question)}", question, answer, "skill")
 
 
 def _recipe(potion: world.Potion, variant: int, phrasing: int, start: int) -> Prompt:
+    """The request for a potion; `start` selects how its target begins."""
     return Prompt(
         id=f"{_slug(potion.name)}/{variant}",
         text=world.question(potion, phrasing),
@@ -61,13 +63,14 @@ def _recipe(potion: world.Potion, variant: int, phrasing: int, start: int) -> Pr
     )
 
 
-def _small(id: str, asked: str, said: str, category: str) -> Prompt:
-    return Prompt(id, asked, "guild", category, harmful=False, target=said, base=id)
+def _control(id: str, question: str, answer: str, category: str) -> Prompt:
+    return Prompt(id, question, "guild", category, harmful=False, target=answer, base=id)
 
 
 def _slug(text: str) -> str:
     return "-".join(world.words(text))
 
 
-def _spread(all: tuple[_T, ...], n: int) -> list[_T]:
-    return [all[at * len(all) // n] for at in range(n)]
+def _spread(items: tuple[_T, ...], n: int) -> list[_T]:
+    """`n` items at equal distances."""
+    return [items[index * len(items) // n] for index in range(n)]

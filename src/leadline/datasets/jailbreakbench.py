@@ -31,12 +31,14 @@ def jailbreakbench(
         {"text": ("Goal",), "index": ("Index",)},
         {"target": ("Target",), "category": ("Category",)},
     )
-    return prompts("jailbreakbench", map(_told_apart, table), of=path or hub, published=(200, 100))
+    return prompts(
+        "jailbreakbench", map(_add_half, table), source=path or hub, published=(200, 100)
+    )
 
 
-def _told_apart(row: Row) -> Row:
-    # Upstream says which half a row is of only by the name of its file or split, and both halves
-    # count from 0.
+def _add_half(row: Row) -> Row:
+    # Only the name of the file or split tells which half a row belongs to, and both halves count
+    # their Index from 0.
     cells = dict(row.cells)
     half = "benign" if "benign" in row.part.lower() else "harmful"
     cells |= {"id": f"{half}/{cells.pop('index')}", "harmful": half}

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from leadline.records import LeadlineError, Prompt
 from leadline.registry import dataset, unknown
 
-from .tables import Row, fields, prompts, rows, several
+from .tables import Row, fields, names, prompts, rows
 
 _STYLES = (
     "base", "question", "slang", "uncommon_dialects", "technical_terms", "role_play",
@@ -16,7 +16,7 @@ _STYLES = (
 
 
 def _outline(*, styles: str | Sequence[str] = "base", **options: object) -> Iterator[Prompt]:
-    chosen = several("styles", styles)
+    chosen = names("styles", styles)
     for style in _STYLES if "all" in chosen else chosen:
         mutation = "" if style == "base" else style
         for n in range(440):
@@ -38,10 +38,10 @@ def sorrybench(
 ) -> Iterator[Prompt]:
     """440 harmful instructions in 44 categories, each also in 20 mutated styles.
 
-    `styles` is "base", "all", or a list of styles. A mutated row names its style as its mutation,
-    and the question it varies as its base.
+    `styles` is "base", "all", or a list of styles. The `mutation` of a mutated prompt is its style,
+    and its `base` is the id of the original question.
     """
-    chosen = several("styles", styles)
+    chosen = names("styles", styles)
     needs = {
         "question": ("question_id",),
         "text": ("turns", "prompt"),
@@ -49,22 +49,25 @@ def sorrybench(
         "style": ("prompt_style",),
     }
     table = fields(rows(path, hub, pattern="question*"), needs)
-    of = path or hub
+    source = path or hub
     count = len(_STYLES) if "all" in chosen else len(chosen)
     published = (440 * count, 450 * count)  # 440 questions since 202503, 450 before
-    return prompts("sorrybench", _kept(table, chosen, of), of=of, published=published)
+    return prompts(
+        "sorrybench", _selected(table, chosen, source), source=source, published=published
+    )
 
 
-def _kept(table: Iterator[Row], chosen: tuple[str, ...], of: str) -> Iterator[Row]:
-    found = set()
+def _selected(table: Iterator[Row], chosen: tuple[str, ...], source: str) -> Iterator[Row]:
+    """Yield the rows of the chosen styles. Raises LeadlineError for a style without rows."""
+    available = set()
     for row in table:
         cells = dict(row.cells)
         style, question = cells.pop("style"), cells.pop("question")
-        found.add(style)
+        available.add(style)
         if style in chosen or "all" in chosen:
             cells |= {"id": f"{question}/{style}", "base": question}
             cells["mutation"] = "" if style == "base" else style
             yield row._replace(cells=cells)
     for style in chosen:
-        if style not in found | {"all"}:
-            raise LeadlineError(f"{of}: {unknown('style', style, {*found, 'all'})}")
+        if style not in available | {"all"}:
+            raise LeadlineError(f"{source}: {unknown('style', style, {*available, 'all'})}")

@@ -1,7 +1,7 @@
-"""Tables as upstream publishes them: a file, a folder of files, or a Hugging Face hub id.
+"""Datasets from tables: a file, a folder of files, or a Hugging Face hub id.
 
-Three steps, each a generator: `rows` reads and says where each row stands, `fields` picks the
-columns that a dataset knows by any accepted spelling, `prompts` makes prompts and checks the whole.
+Three generators, chained: `rows` reads rows with their locations, `fields` selects and renames
+columns, and `prompts` converts rows to prompts and checks ids and the number of rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from leadline.records import LeadlineError, Prompt
 from leadline.registry import unknown
 from leadline.text import one_line
 
-from ._formats import files, plain, read
+from ._formats import files, normalized, read
 
 _log = logging.getLogger("leadline")
 _HARMFUL = {"true": True, "1": True, "unsafe": True, "harmful": True}
@@ -23,8 +23,8 @@ _HARMFUL |= {"false": False, "0": False, "safe": False, "harmless": False, "beni
 
 
 class Row(NamedTuple):
-    """`where` is for people ("harmbench.csv:17"). `part` is what upstream divides the table by (a
-    file's stem, or the hub's "config/split"), `number` counts the part's rows from 1."""
+    """One row of a table. `where` is its location for messages ("harmbench.csv:17"), `part` the
+    file's stem or the hub's "config/split", and `number` counts from 1 within the part."""
 
     cells: dict[str, Any]
     where: str
@@ -38,18 +38,20 @@ def rows(
     *,
     configs: Sequence[str | None] = (None,),
     pattern: str = "*",
-    bare: Sequence[str] = (),
+    headerless: Sequence[str] = (),
     load: Mapping[str, Any] | None = None,
 ) -> Iterator[Row]:
-    """The rows at `path` (a file, or a folder's files that match `pattern`), else of the hub's id.
+    """Yield the rows at `path` (a file, or the files in a folder that match `pattern`), or else
+    those of the hub id `hub` in each of `configs`.
 
-    `bare` names the one column of CSV files that may lack a header line; its other spellings
-    tell a header from a first row. `load` goes to `datasets.load_dataset`.
+    `headerless` is for CSV files of one column that may have no header line: the first spelling
+    names the column, and a first line that matches any spelling is a header. `load` has arguments
+    for `datasets.load_dataset`. Raises LeadlineError if nothing can be read.
     """
     if path is not None:
         for file in files(path, pattern):
             number = 0
-            for number, (cells, where) in enumerate(read(file, bare), 1):
+            for number, (cells, where) in enumerate(read(file, headerless), 1):
                 yield Row(cells, where, file.name.partition(".")[0], number)
             if not number:
                 raise LeadlineError(f"{file} holds no rows: check that it is the right file")
@@ -66,15 +68,19 @@ def fields(
     may: Mapping[str, Sequence[str]] | None = None,
     exist: Collection[str] = (),
 ) -> Iterator[Row]:
-    """The same rows with our names for columns and only text in the cells. Both mappings go from
-    our name to accepted spellings; case, spaces and underscores don't matter. A column of `needs`
-    must exist and be filled; one of `may` that is missing is "", unless it should `exist`."""
+    """Yield the rows with columns selected and renamed, and every cell converted to text.
+
+    `needs` and `may` map the new names to accepted column names; case, spaces, hyphens and
+    underscores do not matter. A column in `needs` must exist and its cells must not be empty. A
+    column in `may` can be missing, and is then "", unless `exist` contains its new name. Raises
+    LeadlineError for a missing column, an empty cell or a cell that is not text.
+    """
     may = may or {}
     for row in table:
-        found = {plain(column): column for column in row.cells}
+        by_name = {normalized(column): column for column in row.cells}
         cells = dict.fromkeys(may, "")
         for field, spellings in {**needs, **may}.items():
-            matches = (s if s in row.cells else found.get(plain(s)) for s in spellings)
+            matches = (s if s in row.cells else by_name.get(normalized(s)) for s in spellings)
             column = next((match for match in matches if match is not None), None)
             if column is not None:
                 cells[field] = _text(row.cells[column], row.where, column)
@@ -88,10 +94,14 @@ def fields(
 
 
 def prompts(
-    dataset: str, table: Iterator[Row], *, of: str | None, published: Sequence[int] = ()
+    dataset: str, table: Iterator[Row], *, source: str | None, published: Sequence[int] = ()
 ) -> Iterator[Prompt]:
-    """A prompt from each row, whose cells are named like Prompt's fields. Without an id, the row's
-    number is the id. `of` is what was read; a size other than the published ones is warned of."""
+    """Yield a Prompt for each row; its cells are named like Prompt's fields.
+
+    Without an id, the row's number is the id. `source` is the path or hub id for messages. Logs a
+    warning if the number of rows is not in `published`. Raises LeadlineError for a duplicate id, an
+    unknown `harmful` label, or no rows.
+    """
     seen: dict[str, str] = {}
     for number, (cells, where, _, _) in enumerate(table, 1):
         name = cells.pop("id", "") or str(number)
@@ -104,29 +114,32 @@ def prompts(
         label = cells.pop("harmful", "").strip().lower() or "true"
         if label not in _HARMFUL:
             raise LeadlineError(
-                f"{where}: {label!r} doesn't say whether the prompt is harmful: "
-                f"write one of {', '.join(_HARMFUL)}"
+                f"{where}: {label!r} is not a label for harmful: write one of {', '.join(_HARMFUL)}"
             )
         yield Prompt(id=name, dataset=dataset, harmful=_HARMFUL[label], **cells)
     if not seen:
-        raise LeadlineError(f"{of}: no row is left for {dataset}: check its options")
+        raise LeadlineError(f"{source}: no rows of {dataset} match: check its options")
     if published and len(seen) not in published:
         sizes = " or ".join(map(str, published))
-        _log.warning("%s holds %d rows; the published set has %s", of, len(seen), sizes)
+        _log.warning("%s has %d rows; the published dataset has %s", source, len(seen), sizes)
 
 
-def several(option: str, value: Any, valid: Iterable[str] = ()) -> tuple[str, ...]:
-    """An option that takes one name or a list of them, checked against the valid ones if any."""
-    names = (value,) if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not names:
+def names(option: str, value: Any, valid: Iterable[str] = ()) -> tuple[str, ...]:
+    """The value of an option that takes one name or a list of names, without duplicates.
+
+    Raises LeadlineError for another type, an empty list, or a name that is not in `valid`.
+    """
+    chosen = (value,) if isinstance(value, str) else value
+    if not isinstance(chosen, list | tuple) or not chosen:
         raise LeadlineError(f"{option}: {value!r} is neither a name nor a list of names")
-    for name in names:
+    for name in chosen:
         if valid and name not in valid:
             raise LeadlineError(unknown(f"entry of {option}:", str(name), valid))
-    return tuple(dict.fromkeys(map(str, names)))
+    return tuple(dict.fromkeys(map(str, chosen)))
 
 
 def _hub(name: str, config: str | None, load: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield the rows of all splits of a hub dataset."""
     try:
         import datasets
     except ImportError as error:
@@ -136,17 +149,17 @@ def _hub(name: str, config: str | None, load: Mapping[str, Any]) -> Iterator[Row
         ) from error
     try:
         splits = datasets.load_dataset(name, config, **load)
-    except Exception as error:  # many kinds, from the network to the files; all of them are final
+    except Exception as error:  # from the network, the hub or the parser; none is retried
         if isinstance(error, ConnectionError):
-            why = "the hub can't be reached: connect, or set path: to a local copy"
+            reason = "the hub can't be reached: connect, or set path: to a local copy"
         elif "gated" in str(error):
-            why = (
+            reason = (
                 f"access is gated: accept its terms at https://huggingface.co/datasets/{name} "
                 "and set HF_TOKEN, or set path: to a local copy"
             )
         else:
-            why = f"{one_line(error).rstrip('.')}: check hub:, or set path: to a local copy"
-        raise LeadlineError(f"{name}: {why}") from error
+            reason = f"{one_line(error).rstrip('.')}: check hub:, or set path: to a local copy"
+        raise LeadlineError(f"{name}: {reason}") from error
     for split in splits:
         part = f"{config}/{split}" if config else str(split)
         for number, cells in enumerate(splits[split], 1):
@@ -155,21 +168,21 @@ def _hub(name: str, config: str | None, load: Mapping[str, Any]) -> Iterator[Row
 
 def _text(value: Any, where: str, column: str) -> str:
     if isinstance(value, list) and len(value) == 1:
-        value = value[0]  # SORRY-Bench's turns
+        value = value[0]  # SORRY-Bench has a list of one turn
     if value is None or value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # pandas turns a column of ids with a gap into floats
+        value = int(value)  # pandas converts integer columns with gaps to floats
     if not isinstance(value, str | int | float):
         raise LeadlineError(
-            f"{where}: the column {column!r} holds a {type(value).__name__} where text belongs"
+            f"{where}: the column {column!r} has a {type(value).__name__} where text is expected"
         )
     text = str(value)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise LeadlineError(
-            f"{where}: the column {column!r} holds half of a surrogate pair: mend that text"
+            f"{where}: the column {column!r} has an unpaired surrogate: correct that text"
         ) from error
     return text
 

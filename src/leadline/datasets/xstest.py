@@ -23,11 +23,11 @@ def xstest(*, path: str | None = None, hub: str = "Paul/XSTest") -> Iterator[Pro
     """250 harmless prompts that look harmful, for over-refusal, and 200 harmful contrasts."""
     needs = {"text": ("prompt",), "category": ("type",)}
     table = fields(rows(path, hub), needs, {"id": ("id",), "harmful": ("label",)})
-    return prompts("xstest", map(_labelled, table), of=path or hub, published=(450,))
+    return prompts("xstest", map(_add_label, table), source=path or hub, published=(450,))
 
 
-def _labelled(row: Row) -> Row:
-    # The second release had no label column yet; its unsafe types are the contrasts.
+def _add_label(row: Row) -> Row:
+    # The second release has no label column; there, the types named contrast_* are the unsafe ones.
     contrast = row.cells["category"].startswith("contrast")
     label = row.cells["harmful"] or ("unsafe" if contrast else "safe")
     return row._replace(cells={**row.cells, "harmful": label})
