@@ -1,5 +1,8 @@
-"""The shell of every page: one self-contained file whose policy lets nothing in but its own
-scripts, and a template environment that trusts no text."""
+"""Rendering of report pages: one self-contained HTML file per page.
+
+The content security policy allows the page's own scripts (by hash) and no network access. The
+jinja environment escapes HTML and makes hidden characters visible in every string.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +21,33 @@ if TYPE_CHECKING:
 
 def render(
     template: str, *, plots: Mapping[str, Any], scripts: Sequence[str], styles: Sequence[str],
-    **facts: Any,
+    **context: Any,
 ) -> str:  # fmt: skip
-    """The page as text. `plots` is each plot's data by name; `scripts` are put together into one,
-    after plotly where there is a plot to draw."""
+    """The HTML of a page. `template`, `scripts` and `styles` name files in `templates/`.
+
+    `plots` maps the name of each plot to its data (JSON values); plotly is included only if there
+    are any. The scripts are joined into one. `context` is passed to the template.
+    """
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    home = files(__package__) / "templates"
-    code = ["\n".join((home / name).read_text("utf-8") for name in scripts)]
+    folder = files(__package__) / "templates"
+    code = ["\n".join((folder / name).read_text("utf-8") for name in scripts)]
     if plots:
         code.insert(0, get_plotlyjs())
     code = [script_code(script) for script in code]
     hashes = [b64encode(sha256(script.encode()).digest()).decode() for script in code]
     return _environment().get_template(template).render(
-        facts,
+        context,
         plots={name: Markup(script_json(plot)) for name, plot in plots.items()},
         scripts=[Markup(script) for script in code],
-        style=Markup("\n".join((home / name).read_text("utf-8") for name in styles)),
+        style=Markup("\n".join((folder / name).read_text("utf-8") for name in styles)),
         policy=Markup(" ".join(f"'sha256-{digest}'" for digest in hashes)),
     )  # fmt: skip
 
 
 def _environment() -> jinja2.Environment:
-    """Autoescape everywhere, and every string made visible: nobody needs to remember either."""
+    """Escapes HTML and applies `text.visible` to every string, so that no template has to."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -57,5 +63,5 @@ def _environment() -> jinja2.Environment:
 
 
 def _tight(sentence: str) -> str:
-    """A sentence whose intervals, [7%, 27%], are not broken at the end of a line."""
-    return re.sub(r" \[[^\[\]]{1,24}\]", lambda found: found[0].replace(" ", "\u00a0"), sentence)
+    """Replace spaces in intervals such as [7%, 27%] by no-break spaces."""
+    return re.sub(r" \[[^\[\]]{1,24}\]", lambda match: match[0].replace(" ", "\u00a0"), sentence)
