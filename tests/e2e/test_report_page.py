@@ -14,9 +14,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from leadline.report.study.page import write_report
 
+from ..browser import MISSING, find
 from ..stores import Row, write_store
 
-CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = (
     "<script>window.pwned=1</script><img src=x onerror='window.pwned=2'></script><b>bold</b>"
     "\x1b[31mred\x1b[0m\u202egnp.exe&lt;i&gt;"
@@ -26,12 +26,13 @@ SECRET = "grind the seventh salt under the umbral moon"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        pytest.fail(f"{CHROMIUM} is missing: apt-get install chromium")
+    executable = find()
+    if executable is None:
+        pytest.fail(MISSING)
     with sync_playwright() as play:
         flags = ["--no-sandbox", "--disable-background-networking", "--disable-component-update",
                  "--disable-default-apps", "--disable-sync", "--no-first-run"]  # fmt: skip
-        chromium = play.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        chromium = play.chromium.launch(executable_path=str(executable), args=flags)
         yield chromium
         chromium.close()
 
@@ -122,7 +123,7 @@ def test_plots_can_be_narrowed(open_page: Open) -> None:
     page.locator("#plot-attacks input[type=checkbox]").first.uncheck()
     assert marks(page, "attacks") == 2 * 4
     where = page.locator("#plot-attacks .scatterlayer").inner_html()
-    page.get_by_label("Dataset").select_option("heldout")
+    page.get_by_label("Dataset", exact=True).select_option("heldout")
     assert marks(page, "attacks") == 2 * 4
     assert page.locator("#plot-attacks .scatterlayer").inner_html() != where
 
