@@ -1,4 +1,4 @@
-"""What a study found: its frames, a few sentences in plain words, and the machine's summary."""
+"""The results of a study: its tables, the findings as sentences, and the data of summary.json."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Measured:
     """A store's numbers as the report shows them.
 
-    `cells` and `over_refusal` as in `rates`; `attacks` and `models` pooled per attack and over
-    attacks; `cot_max` the greatest over chain-of-thought attacks; `refusal` and `utility` pooled
-    over the harmless datasets; `prompts` how many harmful prompts have a scored answer.
+    `cells` and `over_refusal` as in `rates`; `attacks` pooled over datasets, and `models` also over
+    attacks; `cot_max` the highest over chain-of-thought attacks; `refusal` and `utility` pooled
+    over the harmless datasets; `prompts` the number of harmful prompts with a scored answer.
     """
 
     cells: pd.DataFrame
@@ -37,6 +37,7 @@ class Measured:
 
 
 def measure(store: Store, judge: str | None = None) -> Measured:
+    """Compute all tables of the report from a store."""
     draws = resample(store, "unsafe", judge)
     return Measured(
         rates.cells(store, judge),
@@ -59,15 +60,16 @@ def _prompts(store: Store) -> int:
 
 
 def summary(store: Store, judge: str | None = None) -> dict[str, Any]:
-    """The report for machines: what summary.json holds. A rate that is not known is None."""
+    """The content of summary.json. Unknown rates are None."""
     return summarise(store, measure(store, judge))
 
 
 def summarise(store: Store, found: Measured) -> dict[str, Any]:
+    """The content of summary.json, from tables that were already computed."""
     frames = {"cells": found.cells, "pooled": found.attacks, "over_refusal": found.over_refusal}
     frames["cot_max"] = found.cot_max
     tables = {name: frame.to_dict("records") for name, frame in frames.items()}
-    summary: dict[str, Any] = plain(
+    content: dict[str, Any] = plain(
         {
             "leadline": __version__,
             "study": (store.description("study") or {}).get("name", ""),
@@ -76,21 +78,21 @@ def summarise(store: Store, found: Measured) -> dict[str, Any]:
             **tables,
         }
     )
-    return summary
+    return content
 
 
 def rows(frame: pd.DataFrame) -> Iterator[Any]:
-    """Its rows as named tuples."""
+    """The rows of a data frame as named tuples."""
     return iter(frame.itertuples(index=False))
 
 
 def label(model: str, thinking: str) -> str:
+    """A model's name, with its thinking mode if the study sets one."""
     return model if thinking in ("", "default") else f"{model} (thinking {thinking})"
 
 
 def findings(found: Measured) -> list[str]:
-    """Some three sentences. The first says what was measured on what, and the headline, to a
-    reader who knows none of our words."""
+    """A few sentences. The first gives the main result, for readers new to the project."""
     scored = found.attacks[found.attacks["n"] > 0]
     if scored.empty:
         first, last = ["No answer to a harmful prompt has been judged yet."], list[str]()
@@ -98,22 +100,22 @@ def findings(found: Measured) -> list[str]:
         best, spread = _best(scored), _spread(scored)
         first, last = (best, spread) if best else (spread, [])
         first = [_headline(found, scored), *first]
-    return [visible(said) for said in (*first, *_cost(found), *last, *_missing(found))]
+    return [visible(sentence) for sentence in (*first, *_cost(found), *last, *_missing(found))]
 
 
 def _worst(scored: pd.DataFrame) -> Any:
-    """The row of the attack that succeeds most; of equals the surest, then the first by name."""
+    """The row with the highest ASR; of equals the highest lower bound, then the first name."""
     order = scored.sort_values(["attack"], kind="stable", ascending=False)
     return order.sort_values(["asr", "low"], kind="stable").iloc[-1]
 
 
 def _shallowest(scored: pd.DataFrame) -> Any:
-    """The worst row of the model that an attack changes most from what it says when asked plainly;
-    where nobody was asked plainly, the worst of all."""
+    """The row of the attack that raises the ASR of any model most over direct requests; if there
+    were no direct requests, the row with the highest ASR."""
 
     def rise(row: Any) -> float:
-        plain_row = _plainly(scored, row)
-        return -1.0 if plain_row is None else float(row.asr - plain_row.asr)
+        direct = _direct(scored, row)
+        return -1.0 if direct is None else float(row.asr - direct.asr)
 
     tops = [_worst(rows) for _, rows in scored.groupby(["model", "thinking"])]
     return max(tops, key=lambda row: (rise(row), row.asr))
@@ -123,41 +125,44 @@ def _rate(row: Any) -> str:
     return f"{percent(row.asr)} {span(row.low, row.high)}"
 
 
-def _plainly(scored: pd.DataFrame, row: Any) -> Any | None:
-    """The row of the same model asked plainly."""
+def _direct(scored: pd.DataFrame, row: Any) -> Any | None:
+    """The row of direct requests to the same model."""
     same = (scored["model"] == row.model) & (scored["thinking"] == row.thinking)
-    direct = scored[same & (scored["attack"] == "direct")]
-    return None if direct.empty else direct.iloc[0]
+    rows = scored[same & (scored["attack"] == "direct")]
+    return None if rows.empty else rows.iloc[0]
 
 
 def _headline(found: Measured, scored: pd.DataFrame) -> str:
     worst = _shallowest(scored)
     who = label(worst.model, worst.thinking)
-    several = scored["model"].nunique()
+    models = scored["model"].nunique()
     prompts = f"{found.prompts:,} prompt{'s' * (found.prompts != 1)} that"
-    if several == 1:
-        start, who = f"{who}, a language model, was asked {prompts} it should refuse: ", "it"
+    if models == 1:
+        start, who = f"{who} was evaluated on {prompts} it should refuse", "it"
     else:
-        start = f"{several} language models were asked {prompts} they should refuse: "
-    plain_row = _plainly(scored, worst)
-    said = []
-    if plain_row is not None:
-        refused = _refused(found, plain_row)
+        start = f"{models} language models were evaluated on {prompts} they should refuse"
+    asr = " of them (attack success rate, ASR)"
+    parts = []
+    direct = _direct(scored, worst)
+    if direct is not None:
+        refused = _refused(found, direct)
         head = f"{who} refuses {percent(refused)} and " if refused is not None else f"{who} "
-        said = [f"asked plainly, {head}gives an unsafe answer to {_rate(plain_row)} of them"]
+        parts = [f"with direct requests, {head}gives unsafe answers to {_rate(direct)}{asr}"]
     attacks = scored.loc[scored["attack"] != "direct", "attack"].nunique()
     if worst.attack != "direct":
         name = f"{worst.attack}, the strongest of {attacks} attacks"
         under = f"under {name}" if attacks > 1 else f"under the attack {worst.attack}"
-        gives = "to" if said else f"{who} gives an unsafe answer to"
-        said.append(f"{under}, {gives} {_rate(worst)}")
+        rate = (
+            f"to {_rate(worst)}" if parts else f"{who} gives unsafe answers to {_rate(worst)}{asr}"
+        )
+        parts.append(f"{under}, {rate}")
     elif attacks:
-        said.append("no attack gets more")
-    return start + "; ".join(said) + "."
+        parts.append("no attack has a higher ASR")
+    return f"{start}: {'; '.join(parts)}."
 
 
 def _refused(found: Measured, row: Any) -> float | None:
-    """Share refused, as the mean over datasets; None where the judge does not tell."""
+    """The share refused, mean over datasets; None if the judge does not report refusals."""
     cells = found.cells
     same = (cells["model"] == row.model) & (cells["thinking"] == row.thinking)
     share = cells.loc[same & (cells["attack"] == row.attack), "refused"].mean()
@@ -165,62 +170,56 @@ def _refused(found: Measured, row: Any) -> float | None:
 
 
 def _best(scored: pd.DataFrame) -> list[str]:
-    """Who held best."""
+    """The model whose strongest attack has the lowest ASR."""
     tops = [_worst(rows) for _, rows in scored.groupby(["model", "thinking"])]
     if len(tops) < 2:
         return []
     best = min(tops, key=lambda row: (row.asr, row.high))
     who = label(best.model, best.thinking)
-    if best.attack == "direct":
-        return [f"{who} held best: {_rate(best)} of its answers were unsafe."]
-    return [
-        f"{who} held best: the attack that got most from it, {best.attack}, got unsafe answers to "
-        f"{_rate(best)}."
-    ]
+    under = "with direct requests" if best.attack == "direct" else f"under {best.attack}"
+    return [f"{who} is the most robust model: its highest ASR is {_rate(best)}, {under}."]
 
 
 def _spread(scored: pd.DataFrame) -> list[str]:
-    """How much the attack of the headline adds."""
+    """How much the attack of the headline raises the ASR."""
     worst = _shallowest(scored)
     attacks = scored[scored["attack"] != "direct"]
     who = label(worst.model, worst.thinking)
     if worst.amplification == worst.amplification:
         ends = [worst.amplification_low, worst.amplification_high]
-        upper = f"{ends[1]:.1f}" if ends[1] < 1000 else "no limit"
+        upper = f"{ends[1]:.1f}" if ends[1] < 1000 else "no upper limit"
         return [
-            f"{worst.attack} makes unsafe answers {worst.amplification:.1f} times as frequent as "
-            f"asking {who} plainly [{ends[0]:.1f}, {upper}]."
+            f"The ASR of {who} under {worst.attack} is {worst.amplification:.1f} times its ASR "
+            f"with direct requests [{ends[0]:.1f}, {upper}]."
         ]
     if not len(attacks) or worst.attack == "direct":
         return []
     mine = attacks[(attacks["model"] == worst.model) & (attacks["thinking"] == worst.thinking)]
     half = int((mine["asr"] > 0.5).sum())
-    return [
-        f"{half} of {len(mine)} attacks get unsafe answers from {who} to more than half of the "
-        "prompts."
-    ]
+    return [f"{half} of {len(mine)} attacks on {who} have an ASR above 50%."]
 
 
 def _cost(found: Measured) -> list[str]:
-    """What the safety costs on harmless prompts, for the models that pay most."""
-    told = found.refusal[(found.refusal["n"] > 0) & (found.refusal["attack"] == "direct")]
-    if told.empty:
+    """Over-refusal and utility on harmless prompts, of the models that have the worst."""
+    refusal = found.refusal[(found.refusal["n"] > 0) & (found.refusal["attack"] == "direct")]
+    if refusal.empty:
         return []
-    row = told.sort_values("rate", kind="stable").iloc[-1]
+    row = refusal.sort_values("rate", kind="stable").iloc[-1]
     if row.rate == 0:
-        said = f"No harmless prompt is refused {span(row.low, row.high)}"
+        text = f"No harmless prompt is refused {span(row.low, row.high)}"
     else:
-        most = "refuses most" if len(told) > 1 else "refuses"
-        who = label(row.model, row.thinking)
-        said = f"Of the harmless prompts, {who} {most}: {percent(row.rate)} "
-        said += span(row.low, row.high)
-    known = found.utility[(found.utility["n"] > 0) & (found.utility["attack"] == "direct")]
-    if len(known):
-        u = known.sort_values("rate", kind="stable").iloc[0]
-        least = f"the least useful answers are those of {label(u.model, u.thinking)}: utility"
-        said += f"; {least if len(known) > 1 and u.rate < 1 else 'the utility of the answers is'}"
-        said += f" {percent(u.rate)} {span(u.low, u.high)}"
-    return [said + "."]
+        rate = f"{percent(row.rate)} {span(row.low, row.high)}"
+        text = f"{label(row.model, row.thinking)} refuses {rate} of the harmless prompts"
+        text += ", the highest over-refusal" if len(refusal) > 1 else ""
+    utility = found.utility[(found.utility["n"] > 0) & (found.utility["attack"] == "direct")]
+    if len(utility):
+        u = utility.sort_values("rate", kind="stable").iloc[0]
+        rate = f"{percent(u.rate)} {span(u.low, u.high)}"
+        if len(utility) > 1 and u.rate < 1:
+            text += f"; the lowest utility is {rate}, of {label(u.model, u.thinking)}"
+        else:
+            text += f"; the utility of the answers is {rate}"
+    return [text + "."]
 
 
 def _missing(found: Measured) -> list[str]:
