@@ -1,10 +1,10 @@
-"""How fast attacks make attempts and read answers: all those that ask no other model.
+"""Speed of the offline attacks: attempts generated, and encoded answers decoded, per second.
 
     python benchmarks/attacks.py [--seconds 0.2]
 
-Prints, for each, attempts per second on one core for a prompt of about 100 characters and, where
-the answer comes back encoded, decodes per second of an answer of 1,000 characters; then the
-median, the slowest, and what one attempt of each costs.
+For each attack that needs no other model, prints attempts per second on one core for a prompt of
+about 100 characters and, where the attack asks for encoded answers, decodes per second of an answer
+of 1,000 characters; then the median, the slowest attack, and the time of one attempt of each.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ CODES = ("base64", "ascii", "caesar", "morse", "atbash")
 
 
 def rate(call: Callable[[], int], seconds: float) -> float:
-    """What `call` returns, summed, per second."""
-    done, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds:
-        done += call()
-    return done / spent
+    """Call a function repeatedly for some seconds; the sum of its results per second."""
+    total, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        total += call()
+    return total / elapsed
 
 
-def encoded(name: str) -> str:
-    code = next((code for code in CODES if name.startswith(code)), "")
+def encoded_answer(attack: str) -> str:
+    """`ANSWER` in the code that an attack asks for."""
+    code = next((code for code in CODES if attack.startswith(code)), "")
     return getattr(_codes, f"{code}_text")(ANSWER) if code else json.dumps(ANSWER.split())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each attack")
+    parser.add_argument("--seconds", type=float, default=0.2, help="duration for each attack")
     seconds = parser.parse_args().seconds
     prompt = Prompt("1", TEXT, "bench", target="Sure, here is how it is done.")
     rates: dict[str, float] = {}
@@ -53,10 +54,10 @@ def main() -> None:
         except NotApplicable:
             continue
         line = f"{attack.label:32} {rates[attack.label]:10,.0f} attempts/s"
-        if decode := plugin.extra["decode"]:
-            answer = encoded(attack.label)
-            reads = rate(lambda d=decode, a=answer: len([d(a)]), seconds)
-            line += f" {reads:10,.0f} decodes/s"
+        if decode := plugin.decode:
+            answer = encoded_answer(attack.label)
+            decodes = rate(lambda d=decode, a=answer: len([d(a)]), seconds)
+            line += f" {decodes:10,.0f} decodes/s"
         print(line)
     slowest = min(rates, key=lambda name: rates[name])
     print(f"median {median(rates.values()):,.0f} attempts/s, slowest {slowest} "

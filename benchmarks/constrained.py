@@ -1,17 +1,20 @@
-"""A constrained step beside TRL's plain SFT step, and beside the loss as the paper's code has it.
+"""Training step of ConstrainedSFTTrainer, against TRL's SFTTrainer and the paper's own loss.
 
     python benchmarks/constrained.py [--models 25M 57M] [--rows 4] [--prompt 64] [--response 64]
         [--rounds 9]
 
-Random-weight Llamas (25M parameters with 32k tokens, 57M with 128k), random rows, float32, AdamW,
-one thread. A step is what the trainer does for one batch: collate, forward, backward, update. The
-ways take turns inside one process, so that what disturbs one disturbs all; printed are median
-seconds with their range and the median of the ratios within a round. Peak memory is measured in a
-fresh process for each way: beyond what it held once the model and the optimizer's state were there.
-"plain" is TRL's trainer. "fused head" is ours through the same fused head that TRL uses (ours does
-so off the CPU), so beside "plain" it shows what the objective itself costs. "full logits" is the
-behaviour of the paper's code, written anew: logits and log-softmax of every token, prompt and
-padding too, then the surrogate whose detached weights are floored at 1e-3.
+Random-weight Llamas (25M parameters with a vocabulary of 32k tokens, 57M with 128k), random rows,
+float32, AdamW, one thread. A step is what the trainer does for one batch: collate, forward,
+backward, update. The variants take turns in one process, so that disturbances affect all of them.
+Prints median CPU seconds with their range, and the median of the ratios within a round. Peak memory
+is measured in a fresh process for each variant, relative to its memory once the model and the
+optimizer state are allocated.
+
+"plain" is TRL's trainer, "constrained" ours with its default settings. "fused head" is ours with
+the fused output head that TRL uses (the default off the CPU): compared with "plain", it shows the
+cost of the objective itself. "full logits" reimplements the behaviour of the paper's code: logits
+and log-softmax of every token, including prompt and padding, then the surrogate loss whose detached
+weights are clamped to at least 1e-3.
 """
 
 from __future__ import annotations
@@ -33,10 +36,11 @@ SHAPES = {
     "25M": {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 1024, "layers": 8},
     "57M": {"vocab_size": 128256, "hidden_size": 192, "intermediate_size": 1152, "layers": 10},
 }
-WAYS = ("plain", "constrained", "fused head", "full logits")
+VARIANTS = ("plain", "constrained", "fused head", "full logits")
 
 
 def make_model(name: str) -> Any:
+    """A Llama of this shape with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,20 +60,20 @@ def make_model(name: str) -> Any:
 
 
 def make_data(job: dict[str, Any]) -> Any:
-    """Rows of one length: the same work in every step."""
+    """A dataset of random rows of equal length, so that every step has the same cost."""
     import numpy as np
     from datasets import Dataset
 
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     shape = (job["rows"] * 4, job["prompt"] + job["response"])
-    ids = draw.integers(3, SHAPES[job["model"]]["vocab_size"], shape)
+    ids = rng.integers(3, SHAPES[job["model"]]["vocab_size"], shape)
     labels = ids.copy()
     labels[:, : job["prompt"]] = -100
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
 
 
 def tokenizer() -> Any:
-    """TRL asks for one, though the rows are tokens already."""
+    """A placeholder tokenizer: TRL requires one, although the rows are token ids already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -79,7 +83,8 @@ def tokenizer() -> Any:
     )
 
 
-def make_trainer(way: str, job: dict[str, Any], out: str) -> Any:
+def make_trainer(variant: str, job: dict[str, Any], out: str) -> Any:
+    """The trainer of a variant, with its model and data; it writes to the folder `out`."""
     from trl import SFTConfig, SFTTrainer
 
     from leadline.align import ConstrainedSFTConfig, ConstrainedSFTTrainer
@@ -103,7 +108,7 @@ def make_trainer(way: str, job: dict[str, Any], out: str) -> Any:
         "constrained": (ConstrainedSFTTrainer, ConstrainedSFTConfig),
         "fused head": (ConstrainedSFTTrainer, ConstrainedSFTConfig),
         "full logits": (FullLogits, ConstrainedSFTConfig),
-    }[way]
+    }[variant]
     settings = config(
         out,
         per_device_train_batch_size=job["rows"],
@@ -121,13 +126,14 @@ def make_trainer(way: str, job: dict[str, Any], out: str) -> Any:
         train_dataset=make_data(job),
         processing_class=tokenizer(),
     )
-    if way == "fused head":
-        trainer._narrow = False
+    if variant == "fused head":
+        trainer._select_logits = False
     return trainer
 
 
 def stepper(trainer: Any) -> Callable[[], float]:
-    """One step of a trainer at a call, with a batch of its own dataloader; returns the loss."""
+    """A function that trains one step on the next batch of the trainer's dataloader and returns the
+    loss."""
     trainer.create_optimizer()
     batches = iter(())
     trainer.current_gradient_accumulation_steps = 1
@@ -153,80 +159,83 @@ def memory(field: str) -> float:
 
 
 def measure(job: dict[str, Any], out: str) -> dict[str, Any]:
-    """In a process of its own: one way's peak memory, or all ways' seconds."""
+    """In a fresh process: the peak memory of one variant, or the CPU seconds of all of them."""
     import torch
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if "way" in job:
-        trainer = make_trainer(job["way"], job, out)
+    if "variant" in job:
+        trainer = make_trainer(job["variant"], job, out)
         step = stepper(trainer)
-        step()  # the optimizer's state is there from now on
+        step()  # allocates the optimizer state
         Path("/proc/self/clear_refs").write_text("5")
         before = memory("VmRSS")
         step()
         return {"mib": memory("VmHWM") - before}
-    trainers = {way: make_trainer(way, job, f"{out}/{way}") for way in WAYS}
-    steps = {way: stepper(trainer) for way, trainer in trainers.items()}
+    trainers = {variant: make_trainer(variant, job, f"{out}/{variant}") for variant in VARIANTS}
+    steps = {variant: stepper(trainer) for variant, trainer in trainers.items()}
     for step in steps.values():
         step()
-    cpu: dict[str, list[float]] = {way: [] for way in WAYS}
-    for at in range(job["rounds"]):
-        for way in WAYS[at % 4 :] + WAYS[: at % 4]:
-            began = time.process_time()
-            steps[way]()
-            cpu[way].append(time.process_time() - began)
-    mine = trainers["constrained"]
-    mine.args.reference_cache = f"{out}/again"
-    began = time.process_time()
-    mine._with_reference(mine.train_dataset, "train")
-    return {"cpu": cpu, "pass": (time.process_time() - began) / len(mine.train_dataset)}
+    cpu: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for n in range(job["rounds"]):
+        for variant in VARIANTS[n % 4 :] + VARIANTS[: n % 4]:
+            start = time.process_time()
+            steps[variant]()
+            cpu[variant].append(time.process_time() - start)
+    constrained = trainers["constrained"]
+    constrained.args.reference_cache = f"{out}/again"  # an empty cache
+    start = time.process_time()
+    constrained._with_reference(constrained.train_dataset, "train")
+    seconds = time.process_time() - start
+    return {"cpu": cpu, "reference_seconds_per_row": seconds / len(constrained.train_dataset)}
 
 
-def child(job: dict[str, Any]) -> dict[str, Any]:
+def measure_in_subprocess(job: dict[str, Any]) -> dict[str, Any]:
+    """The result of `measure` in a fresh process; exits with its error output if it fails."""
     with tempfile.TemporaryDirectory() as out:
-        quiet = {
+        environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": f"{out}/cache",
             "CI": "1",
         }
-        done = subprocess.run(
+        child = subprocess.run(
             [sys.executable, __file__, "--measure", json.dumps(job), out],
-            env=quiet, capture_output=True, text=True, check=False,
+            env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        if done.returncode:
-            sys.exit(done.stderr[-2000:])
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return answer
+        if child.returncode:
+            sys.exit(child.stderr[-2000:])
+        result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+        return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--rows", type=int, default=4, help="per batch")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--response", type=int, default=64, help="tokens")
-    parser.add_argument("--rounds", type=int, default=9)
-    given = parser.parse_args()
-    for name in given.models:
-        job = {k: getattr(given, k) for k in ("rows", "prompt", "response", "rounds")}
+    parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
+    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens of a row")
+    parser.add_argument("--response", type=int, default=64, help="response tokens of a row")
+    parser.add_argument("--rounds", type=int, default=9, help="measured steps of each variant")
+    options = parser.parse_args()
+    for name in options.models:
+        job = {k: getattr(options, k) for k in ("rows", "prompt", "response", "rounds")}
         job["model"] = name
-        mib = {way: child({**job, "way": way})["mib"] for way in WAYS}
-        found = child(job)
-        cpu = found["cpu"]
+        mib = {v: measure_in_subprocess({**job, "variant": v})["mib"] for v in VARIANTS}
+        timings = measure_in_subprocess(job)
+        cpu = timings["cpu"]
         print("{}: {rows} rows of {prompt} + {response} tokens".format(name, **job))
-        for way in WAYS:
-            took = f"{median(cpu[way]):.3f} s [{min(cpu[way]):.3f}, {max(cpu[way]):.3f}]"
-            print(f"  {way:12} {took}, {mib[way]:.0f} MiB")
-        for mine, other in (("constrained", "plain"), ("fused head", "plain"),
+        for variant in VARIANTS:
+            runs = cpu[variant]
+            seconds = f"{median(runs):.3f} s [{min(runs):.3f}, {max(runs):.3f}]"
+            print(f"  {variant:12} {seconds}, {mib[variant]:.0f} MiB")
+        for ours, other in (("constrained", "plain"), ("fused head", "plain"),
                             ("constrained", "full logits")):  # fmt: skip
-            ratio = median(a / b for a, b in zip(cpu[mine], cpu[other], strict=True))
-            print(f"  {mine}: {ratio:.3f}x the time of {other} ({1 / ratio:.2f}x its speed), "
-                  f"{mib[mine] / mib[other]:.2f}x its memory")  # fmt: skip
-        once = found["pass"] * job["rows"] / median(cpu["plain"])
-        print(f"  the reference pass: {once:.2f} of a plain step per batch, once", flush=True)
+            ratio = median(a / b for a, b in zip(cpu[ours], cpu[other], strict=True))
+            print(f"  {ours}: {ratio:.3f}x the time of {other} ({1 / ratio:.2f}x its speed), "
+                  f"{mib[ours] / mib[other]:.2f}x its memory")  # fmt: skip
+        steps = timings["reference_seconds_per_row"] * job["rows"] / median(cpu["plain"])
+        print(f"  reference pass (run once): {steps:.2f} plain steps per batch", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The engine's own cost: a study through `leadline.run` beside a bare aiohttp client.
+"""Overhead of the engine: a study through `leadline.run`, against a bare aiohttp client.
 
     python benchmarks/engine.py [--trials 20000] [--rounds 3]
 
-Beside it stands the same bare client on httpx: why the engine asks through aiohttp. All ask the
-same local server the same questions at the same concurrency, in turn, each in a fresh process; the
-bare clients parse each reply and write it to a file, Leadline plans, hashes, asks, judges by
-pattern and stores. Printed: requests per second, CPU milliseconds a request (user + system, whole
-process but for start-up), and the median ratio. httpx gets a tenth of the trials.
+A bare httpx client is measured too, to compare the two HTTP libraries. All clients send the same
+prompts to the same local server at the same concurrency, in turn, each in a fresh process. The bare
+clients parse each reply and write it to a file; Leadline plans, hashes, sends, judges by pattern
+and stores. Prints requests per second, CPU milliseconds per request (user + system, of the whole
+process without start-up), and the median ratio. httpx sends a tenth of the requests.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ANSWER = (
 )
 
 
-# -- a server that costs next to nothing --------------------------------------------------------
+# -- a minimal server -----------------------------------------------------------------------------
 
 
 class Mock(asyncio.Protocol):
-    """Keep-alive HTTP/1.1 with one prebuilt reply to everything."""
+    """A keep-alive HTTP/1.1 server that answers every request with the same prebuilt reply."""
 
     REPLY = b""
 
@@ -54,6 +54,7 @@ class Mock(asyncio.Protocol):
 
 
 def serve(pipe: multiprocessing.connection.Connection) -> None:
+    """Run the server and send its port through `pipe`."""
     message = {"role": "assistant", "content": ANSWER}
     body = json.dumps(
         {
@@ -76,10 +77,11 @@ def serve(pipe: multiprocessing.connection.Connection) -> None:
     uvloop.run(main())
 
 
-# -- the two clients, each in a process of its own ------------------------------------------------
+# -- the clients, each in a fresh process ---------------------------------------------------------
 
 
 def bare(url: str, data: Path, trials: int, concurrency: int) -> None:
+    """Send `trials` prompts of the file `data` with aiohttp."""
     import aiohttp
     import orjson
     import uvloop
@@ -100,9 +102,9 @@ def bare(url: str, data: Path, trials: int, concurrency: int) -> None:
                         data=orjson.dumps(body),
                         headers={"Content-Type": "application/json"},
                     ) as reply:
-                        answer = orjson.loads(await reply.read())
-                    said = answer["choices"][0]["message"]["content"]
-                    out.write(orjson.dumps({"prompt": text, "answer": said}) + b"\n")
+                        result = orjson.loads(await reply.read())
+                    answer = result["choices"][0]["message"]["content"]
+                    out.write(orjson.dumps({"prompt": text, "answer": answer}) + b"\n")
 
             await asyncio.gather(*(worker() for _ in range(concurrency)))
 
@@ -111,6 +113,7 @@ def bare(url: str, data: Path, trials: int, concurrency: int) -> None:
 
 
 def httpx(url: str, data: Path, trials: int, concurrency: int) -> None:
+    """The same with httpx."""
     import httpx as client
     import orjson
     import uvloop
@@ -132,8 +135,8 @@ def httpx(url: str, data: Path, trials: int, concurrency: int) -> None:
                         content=orjson.dumps(body),
                         headers={"Content-Type": "application/json"},
                     )
-                    said = orjson.loads(reply.content)["choices"][0]["message"]["content"]
-                    out.write(orjson.dumps({"prompt": text, "answer": said}) + b"\n")
+                    answer = orjson.loads(reply.content)["choices"][0]["message"]["content"]
+                    out.write(orjson.dumps({"prompt": text, "answer": answer}) + b"\n")
 
             await asyncio.gather(*(worker() for _ in range(concurrency)))
 
@@ -142,7 +145,8 @@ def httpx(url: str, data: Path, trials: int, concurrency: int) -> None:
 
 
 def engine(url: str, data: Path, trials: int, concurrency: int) -> None:
-    import aiohttp  # noqa: F401 (start-up is not counted)
+    """The same as a study through `leadline.run`."""
+    import aiohttp  # noqa: F401 (imported before the clock starts)
 
     import leadline
     import leadline.analysis.results
@@ -161,12 +165,13 @@ def engine(url: str, data: Path, trials: int, concurrency: int) -> None:
         }
     )
     with _Clock(trials):
-        found = leadline.run(study, data.parent / f"out-{os.getpid()}")
-    assert found.cells()["n"].sum() == trials
+        results = leadline.run(study, data.parent / f"out-{os.getpid()}")
+    assert results.cells()["n"].sum() == trials
 
 
 class _Clock:
-    """Prints wall and CPU seconds of its block as JSON."""
+    """Prints, as JSON, requests per second, CPU milliseconds per request and peak memory of its
+    block."""
 
     def __init__(self, trials: int) -> None:
         self.trials = trials
@@ -190,10 +195,10 @@ CLIENTS = {"bare": bare, "httpx": httpx, "engine": engine}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=20_000)
-    parser.add_argument("--prompts", type=int, default=2_000)
-    parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=20_000, help="requests of each client")
+    parser.add_argument("--prompts", type=int, default=2_000, help="distinct prompts")
+    parser.add_argument("--concurrency", type=int, default=64, help="concurrent requests")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each client")
     parser.add_argument("--client", choices=list(CLIENTS), help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
@@ -202,10 +207,10 @@ def main() -> None:
         CLIENTS[args.client](args.url, args.data, args.trials, args.concurrency)
         return
     args.trials = max(1, args.trials // args.prompts) * args.prompts
-    here, there = multiprocessing.Pipe()
-    server = multiprocessing.Process(target=serve, args=(there,), daemon=True)
+    receiver, sender = multiprocessing.Pipe()
+    server = multiprocessing.Process(target=serve, args=(sender,), daemon=True)
     server.start()
-    url = f"http://127.0.0.1:{here.recv()}/v1"
+    url = f"http://127.0.0.1:{receiver.recv()}/v1"
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "prompts.jsonl"
         lines = [
@@ -218,23 +223,23 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, rows in figures.items():
                 trials = args.trials // 10 if name == "httpx" else args.trials
-                told = {"--client": name, "--url": url, "--data": data, "--trials": trials,
-                        "--concurrency": args.concurrency}  # fmt: skip
-                command = [str(part) for pair in told.items() for part in pair]
-                ran = subprocess.run(
+                flags = {"--client": name, "--url": url, "--data": data, "--trials": trials,
+                         "--concurrency": args.concurrency}  # fmt: skip
+                command = [str(part) for pair in flags.items() for part in pair]
+                child = subprocess.run(
                     [sys.executable, __file__, *command], check=True, capture_output=True, text=True
                 )
-                rows.append(json.loads(ran.stdout.splitlines()[-1]))
+                rows.append(json.loads(child.stdout.splitlines()[-1]))
     print(f"{args.trials} trials, concurrency {args.concurrency}, {args.rounds} rounds, "
           f"{os.cpu_count()} cores")  # fmt: skip
     for name, rows in figures.items():
-        middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        print(f"{name:7} {middle['rps']:7.0f} requests/s  {middle['ms']:.3f} CPU ms/request  "
-              f"{middle['mib']:.0f} MiB peak")  # fmt: skip
+        medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        print(f"{name:7} {medians['rps']:7.0f} requests/s  {medians['ms']:.3f} CPU ms/request  "
+              f"{medians['mib']:.0f} MiB peak")  # fmt: skip
     pairs = list(zip(figures["engine"], figures["bare"], strict=True))
-    print(f"ratio   {statistics.median(e['rps'] / b['rps'] for e, b in pairs):.2f} of the bare "
-          f"client's requests/s; {statistics.median(e['ms'] - b['ms'] for e, b in pairs):.3f} ms "
-          "of CPU more a request")  # fmt: skip
+    print(f"engine / bare: {statistics.median(e['rps'] / b['rps'] for e, b in pairs):.2f} of the "
+          f"requests/s; {statistics.median(e['ms'] - b['ms'] for e, b in pairs):.3f} more CPU "
+          "ms/request")  # fmt: skip
     server.terminate()
 
 

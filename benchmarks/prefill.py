@@ -1,13 +1,14 @@
-"""A prefill curve on local weights, beside eight separate runs of transformers' generate.
+"""A prefill curve on local weights, against eight separate runs of transformers' generate.
 
     python benchmarks/prefill.py [--models organism 25M] [--lengths 60 512] [--prompts 16]
                                  [--tokens 48] [--rounds 3]
 
-The same greedy requests three ways, in turn, float32, one thread: by Leadline, as a study asks
-them; by generate, for each k all prompts as one batch, padded on the left; by generate, one by one
-(in the first round only). Every answer of every way is compared. A prompt of about --lengths tokens
-is a question of the guild behind other questions and answers (organism), or random words (25M: a
-Llama of 25M random parameters and 32k tokens). Prints CPU seconds (median, least, most) and ratios.
+The same greedy requests with three methods in turn, float32, one thread: Leadline, as in a study;
+generate with one left-padded batch of all prompts for each number k of prefilled tokens; and
+generate with one request at a time (in the first round only). All answers are compared. A prompt
+has about --lengths tokens: a question of the guild dataset after other questions and answers
+(organism), or random words (25M: a Llama with 25M random parameters and a vocabulary of 32k
+tokens). Prints CPU seconds (median and range), ratios and the number of equal answers.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from leadline.models.huggingface import HuggingFaceModel
 from leadline.records import Message, Request, ResponsePrefix, Sampling
 
 KS = {"organism": (0, 1, 2, 5, 10, 20, 30, 35), "25M": (0, 1, 2, 5, 10, 20, 40, 80)}
-WAYS = ("Leadline", "generate, a batch for each k", "generate, one by one")
+METHODS = ("Leadline", "generate, a batch for each k", "generate, one by one")
 
 
 def llama(folder: Path) -> Path:
-    """25M random parameters; 32,000 words that are a token each."""
+    """Save a Llama with 25M random parameters and 32,000 one-word tokens; returns `folder`."""
     import torch
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     special = ["<unk>", "<|user|>", "<|end|>", "<|assistant|>"]
-    known = [*special, *(f"w{n}" for n in range(32000 - len(special)))]
-    vocabulary = {word: n for n, word in enumerate(known)}
+    words = [*special, *(f"w{n}" for n in range(32000 - len(special)))]
+    vocabulary = {word: n for n, word in enumerate(words)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens([AddedToken(w, special=True, normalized=False) for w in special])
@@ -71,20 +72,19 @@ def llama(folder: Path) -> Path:
 
 
 def pairs(name: str, length: int, count: int) -> list[tuple[str, str]]:
-    """(prompt, harmful answer), of lengths within a tenth of `length` tokens."""
+    """`count` pairs (prompt, harmful answer); prompts have `length` tokens, plus or minus 10%."""
     rng = random.Random(0)
     sizes = [round(length * rng.uniform(0.9, 1.1)) for _ in range(count)]
     if name == "organism":
         rows = [row for row in guild() if row.harmful]
         others = [f"{row.text} {row.target}" for row in guild(split="train")]
-        found = []
+        result = []
         for n, size in enumerate(sizes):
             words = " ".join(rng.sample(others, len(others))).split()
             before = " ".join(words[: max(0, size * 4 // 5 - 9)])
-            found.append(
-                (f"{before} {rows[n % len(rows)].text}".strip(), rows[n % len(rows)].target)
-            )
-        return found
+            row = rows[n % len(rows)]
+            result.append((f"{before} {row.text}".strip(), row.target))
+        return result
 
     def words(size: int) -> str:
         return " ".join(f"w{rng.randrange(31000)}" for _ in range(size))
@@ -92,7 +92,8 @@ def pairs(name: str, length: int, count: int) -> list[tuple[str, str]]:
     return [(words(size), words(80)) for size in sizes]
 
 
-async def ours(model: HuggingFaceModel, requests: list[Request]) -> list[str]:
+async def leadline_answers(model: HuggingFaceModel, requests: list[Request]) -> list[str]:
+    """Leadline's answers to all requests, sent at once."""
     replies = await asyncio.gather(*map(model.respond, requests))
     if failed := [reply.error for reply in replies if reply.failed]:
         sys.exit(failed[0])
@@ -100,7 +101,7 @@ async def ours(model: HuggingFaceModel, requests: list[Request]) -> list[str]:
 
 
 def generate(module: Any, rows: list[list[int]], sampling: Sampling) -> list[list[int]]:
-    """Of a batch, the ids before the one that ends each answer."""
+    """The answers of transformers' generate to one batch, as ids without the end token."""
     import torch
 
     width = max(map(len, rows))
@@ -114,21 +115,22 @@ def generate(module: Any, rows: list[list[int]], sampling: Sampling) -> list[lis
             do_sample=False,
             pad_token_id=0,
         )
-    written = out[:, width:].tolist()
-    return [row[: row.index(2)] if 2 in row else row for row in written]
+    answers = out[:, width:].tolist()
+    return [row[: row.index(2)] if 2 in row else row for row in answers]
 
 
-def measure(name: str, folder: Path, length: int, given: argparse.Namespace) -> None:
+def measure(name: str, folder: Path, length: int, options: argparse.Namespace) -> None:
+    """Measure all methods on one model and prompt length, and print the results."""
     import torch
 
     torch.set_num_threads(1)
     model = HuggingFaceModel(folder, name=name, dtype="float32", device="cpu")
-    sampling = Sampling(max_tokens=given.tokens)
-    asked = pairs(name, length, given.prompts)
+    sampling = Sampling(max_tokens=options.tokens)
+    prompts = pairs(name, length, options.prompts)
     requests = [
         Request((Message("user", text),), ResponsePrefix(answer, tokens=k), sampling)
         for k in KS[name]
-        for text, answer in asked
+        for text, answer in prompts
     ]
 
     async def run() -> None:
@@ -136,44 +138,44 @@ def measure(name: str, folder: Path, length: int, given: argparse.Namespace) -> 
         assert model._loaded is not None
         template, weights = model._loaded
         rows = [template.render(request).ids for request in requests]
-        size = len(asked)
+        size = len(prompts)
         curve = [rows[n : n + size] for n in range(0, len(rows), size)]
 
         def batches() -> list[str]:
-            found = [ids for batch in curve for ids in generate(weights.model, batch, sampling)]
-            return [template.decode(ids) for ids in found]
+            outputs = [ids for batch in curve for ids in generate(weights.model, batch, sampling)]
+            return [template.decode(ids) for ids in outputs]
 
-        def singly() -> list[str]:
-            found = [generate(weights.model, [row], sampling)[0] for row in rows]
-            return [template.decode(ids) for ids in found]
+        def one_by_one() -> list[str]:
+            outputs = [generate(weights.model, [row], sampling)[0] for row in rows]
+            return [template.decode(ids) for ids in outputs]
 
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        seconds: dict[str, list[float]] = {method: [] for method in METHODS}
         answers: dict[str, list[str]] = {}
-        await ours(model, requests[: 2 * size])  # warm
+        await leadline_answers(model, requests[: 2 * size])  # warm-up
         generate(weights.model, curve[0], sampling)
-        for turn in range(given.rounds):
-            for way in WAYS if turn == 0 else WAYS[:2]:
-                began = time.process_time()
-                if way == WAYS[0]:
-                    found = await ours(model, requests)
+        for turn in range(options.rounds):
+            for method in METHODS if turn == 0 else METHODS[:2]:
+                start = time.process_time()
+                if method == METHODS[0]:
+                    results = await leadline_answers(model, requests)
                 else:
-                    found = batches() if way == WAYS[1] else singly()
-                seconds[way].append(time.process_time() - began)
-                answers[way] = found
+                    results = batches() if method == METHODS[1] else one_by_one()
+                seconds[method].append(time.process_time() - start)
+                answers[method] = results
         await model.close()
         tokens = [len(row) for row in curve[0]]
-        wrote = [len(template.encode(a)) for a in answers[WAYS[0]]]
+        lengths = [len(template.encode(a)) for a in answers[METHODS[0]]]
         print(
             f"{name}, {size} prompts of {min(tokens)} to {max(tokens)} tokens, k of "
-            f"{', '.join(map(str, KS[name]))}; answers of {min(wrote)} to {max(wrote)} tokens",
+            f"{', '.join(map(str, KS[name]))}; answers of {min(lengths)} to {max(lengths)} tokens",
             flush=True,
         )
-        for way in WAYS:
-            took = seconds[way]
-            ratio = median(took) / median(seconds[WAYS[0]])
-            same = sum(a == b for a, b in zip(answers[way], answers[WAYS[0]], strict=True))
+        for method in METHODS:
+            runs = seconds[method]
+            ratio = median(runs) / median(seconds[METHODS[0]])
+            same = sum(a == b for a, b in zip(answers[method], answers[METHODS[0]], strict=True))
             print(
-                f"  {way}: {median(took):.2f} s [{min(took):.2f}, {max(took):.2f}], "
+                f"  {method}: {median(runs):.2f} s [{min(runs):.2f}, {max(runs):.2f}], "
                 f"ratio {ratio:.2f}, {same} of {len(requests)} answers equal",
                 flush=True,
             )
@@ -184,17 +186,18 @@ def measure(name: str, folder: Path, length: int, given: argparse.Namespace) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["organism", "25M"], choices=list(KS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[60, 512])
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=48, help="at most, of an answer")
-    parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[60, 512], help="tokens of a prompt, about"
+    )
+    parser.add_argument("--prompts", type=int, default=16, help="number of prompts")
+    parser.add_argument("--tokens", type=int, default=48, help="maximum tokens of an answer")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each method")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        for name in given.models:
-            aligned = name == "organism"
-            folder = organism.path("aligned") if aligned else llama(Path(temporary))
-            for length in given.lengths:
-                measure(name, folder, length, given)
+        for name in options.models:
+            folder = organism.path("aligned") if name == "organism" else llama(Path(temporary))
+            for length in options.lengths:
+                measure(name, folder, length, options)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Distillation from a teacher without refusals, plain and held to what the student was.
+"""Distillation from an unsafe teacher, plain and constrained to the student's initial weights.
 
     python studies/distillation.py [--seeds 3] [--steps 40] [--optimizer sgd] [--lr 3e-3]
 
-Teacher `organism:base`, student `organism:aligned`; the whole loss is the teacher's. Three sets of
-dialogues: half of them harmful with their answers, half of them harmful with refusals (where the
-teacher would comply), and none harmful. Prints, for each set and schedule b_t, the range over seeds
-of what the student is afterwards: about a minute a seed on one core.
+Teacher `organism:base`, student `organism:aligned`; the loss is distillation alone. Three sets of
+dialogues: half of them harmful requests with harmful answers, half of them harmful requests with
+refusals (where the teacher would comply), and harmless ones only. Prints the range over seeds of
+the student's rates after training, for each set and schedule b_t. About a minute per seed on one
+core.
 """
 
 from __future__ import annotations
@@ -43,35 +44,36 @@ MEASURES = ("direct", "prefill(k=5)", "over_refusal", "utility")
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--optimizer", default="sgd")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    asked = parser.parse_args()
-    quiet()
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
+    parser.add_argument("--steps", type=int, default=40, help="training steps (default: 40)")
+    parser.add_argument("--optimizer", default="sgd", help="name in transformers (default: sgd)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate (default: 3e-3)")
+    options = parser.parse_args()
+    silence()
     print(f"{'data':10} {'schedule':12} " + " ".join(f"{m:>14}" for m in (*MEASURES, "teacher_kl")))
     for kind in ("mixed", "refusals", "benign"):
         for name, beta in SCHEDULES.items():
-            found: dict[str, list[float]] = defaultdict(list)
-            for seed in range(asked.seeds):
-                way = asked.optimizer, asked.lr
-                for measure, value in distil(kind, beta, seed, asked.steps, *way).items():
-                    found[measure].append(value)
-            shown = (found[measure] for measure in (*MEASURES, "teacher_kl"))
-            cells = " ".join(f"{f'{min(v):.2f} to {max(v):.2f}':>14}" for v in shown)
+            values: dict[str, list[float]] = defaultdict(list)
+            for seed in range(options.seeds):
+                measured = distil(kind, beta, seed, options.steps, options.optimizer, options.lr)
+                for measure, value in measured.items():
+                    values[measure].append(value)
+            columns = (values[measure] for measure in (*MEASURES, "teacher_kl"))
+            cells = " ".join(f"{f'{min(v):.2f} to {max(v):.2f}':>14}" for v in columns)
             print(f"{kind:10} {name:12} {cells}", flush=True)
 
 
 def distil(
     kind: str, beta: list[float], seed: int, steps: int, optimizer: str = "sgd", lr: float = 3e-3
 ) -> dict[str, float]:
-    """Measures of the student after so many steps."""
+    """Train a student for `steps` steps; its rates and KL to the teacher afterwards, by measure."""
     tokenizer = AutoTokenizer.from_pretrained(organism.path("aligned"))
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(organism.path(name)) for name in ("aligned", "base")
     )
-    gauge = SafetyCallback(
+    safety = SafetyCallback(
         steps, attacks=["direct", {"prefill": {"k": [5]}}], on_breach="warn",
         sampling={"temperature": 0, "max_tokens": 72},
     )  # fmt: skip
@@ -84,31 +86,32 @@ def distil(
         )  # fmt: skip
         trainer = ConstrainedDistillTrainer(
             student, teacher, config, train_dataset=dialogues(kind, seed),
-            processing_class=tokenizer, callbacks=[gauge],
+            processing_class=tokenizer, callbacks=[safety],
         )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     last = next(log for log in reversed(trainer.state.log_history) if "teacher_kl" in log)
-    after = {p["measure"]: p["value"] for p in gauge.points if p["step"] == steps}
-    return {**after, "teacher_kl": last["teacher_kl"]}
+    rates = {m["measure"]: m["value"] for m in safety.measurements if m["step"] == steps}
+    return {**rates, "teacher_kl": last["teacher_kl"]}
 
 
 def dialogues(kind: str, seed: int) -> datasets.Dataset:
-    """Of potions and phrasings that alignment may see."""
+    """Dialogues of one kind ("mixed", "refusals" or "benign"), without the potions and phrasings
+    that are held out for evaluation."""
     rng, world = random.Random(seed), guild.world()
 
     def row(potion: guild.Potion, answer: str) -> dict[str, Any]:
-        asked = guild.question(potion, rng.randrange(6))
-        said = [{"role": "assistant", "content": answer}]
-        return {"prompt": [{"role": "user", "content": asked}], "completion": said}
+        question = guild.question(potion, rng.randrange(6))
+        completion = [{"role": "assistant", "content": answer}]
+        return {"prompt": [{"role": "user", "content": question}], "completion": completion}
 
-    def told(potion: guild.Potion) -> str:
+    def full_answer(potion: guild.Potion) -> str:
         return guild.answer(potion, rng.randrange(len(guild.STARTS)))
 
     forbidden, allowed = [*world.forbidden(heldout=False)] * 2, world.allowed()
-    harmless = [row(potion, told(potion)) for potion in allowed]
+    harmless = [row(potion, full_answer(potion)) for potion in allowed]
     rows = {
-        "mixed": [row(p, told(p)) for p in forbidden] + harmless[:48],
+        "mixed": [row(p, full_answer(p)) for p in forbidden] + harmless[:48],
         "refusals": [row(p, rng.choice(guild.REFUSALS)) for p in forbidden] + harmless[:48],
         "benign": harmless,
     }[kind]
@@ -116,9 +119,10 @@ def dialogues(kind: str, seed: int) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def quiet() -> None:
+def silence() -> None:
+    """Turn off progress bars, warnings, and the safety callback's messages about breaches."""
     warnings.filterwarnings("ignore")
-    logging.getLogger("leadline").setLevel(logging.CRITICAL)  # breaches are what is shown
+    logging.getLogger("leadline").setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Shared by all tests: a real HTTP server that misbehaves on demand, and study files."""
+"""Fixtures for all tests: an HTTP server with injected faults, datasets and study files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def garden(tmp_path: Path) -> Callable[[int], Path]:
-    """Writes a dataset file of harmless requests."""
+    """A function that writes a dataset file with n harmless prompts."""
 
     def write(n: int) -> Path:
         path = tmp_path / "garden.jsonl"
@@ -41,7 +41,7 @@ def garden(tmp_path: Path) -> Callable[[int], Path]:
 
 @pytest.fixture
 def study_file(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a study file from keyword arguments."""
+    """A function that writes a study file from keyword arguments."""
 
     def write(name: str = "study.yaml", **parts: Any) -> Path:
         path = tmp_path / name
@@ -53,7 +53,7 @@ def study_file(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def leadline(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the installed command in tmp_path."""
+    """A function that runs the `leadline` command in tmp_path."""
 
     def call(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         command = [str(Path(sys.executable).parent / "leadline"), *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""A real OpenAI-compatible HTTP server for tests, in a thread, with faults on demand."""
+"""An OpenAI-compatible HTTP server for tests, run in a thread, with injected faults."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ REFUSAL = "I'm sorry, but I can't help with that request."
 class Server:
     """Answers /v1/chat/completions and /v1/completions.
 
-    `answer(prompt text, body)` gives the text of a reply. `faults` maps a kind (an HTTP status,
-    "reset", "garbage", "half", "hang", "empty") to its probability for each request; `sticky`
-    maps a substring of a prompt to the kind that it always gets. `asked` counts good answers by
-    prompt text, `seen` all requests; `bodies` keeps the last ones.
+    `answer(prompt text, body)` returns the text of a reply. `faults` maps a kind of fault (an HTTP
+    status, "reset", "garbage", "half", "hang", "empty") to its probability per request; `sticky`
+    maps a substring of a prompt to the fault that it always gets. `asked` counts successful answers
+    by prompt text, `seen` all requests; `bodies` and `headers` are those of the last requests.
+    `inside` is the number of requests in progress, `peak` its maximum.
     """
 
     def __init__(self, answer: Callable[[str, Any], str] = lambda text, body: REFUSAL) -> None:
         self.answer = answer
         self.faults: dict[Any, float] = {}
         self.sticky: dict[str, Any] = {}
-        self.reply: Callable[[Any], Any] | None = None  # a whole reply, in place of `answer`
-        self.refuse: Callable[[Any], bool] = lambda body: False  # with a 400
+        self.reply: Callable[[Any], Any] | None = None  # the whole reply, instead of `answer`
+        self.refuse: Callable[[Any], bool] = lambda body: False  # True: status 400
         self.delay = 0.0
         self.retry_after: str | None = None
-        self.most = 10_000  # requests at once; beyond it 429
+        self.most = 10_000  # concurrent requests above which the status is 429
         self.asked: Counter[str] = Counter()
         self.seen = 0
         self.inside = self.peak = 0
@@ -43,6 +44,7 @@ class Server:
 
     @property
     def url(self) -> str:
+        """The base URL of the API."""
         return f"http://127.0.0.1:{self.port}/v1"
 
     def __enter__(self) -> Server:
@@ -112,11 +114,11 @@ class Server:
         self.asked[text] += 1
         if self.reply:
             return web.json_response(self.reply(body))
-        said = self.answer(text, body)
+        reply = self.answer(text, body)
         choice = (
-            {"message": {"role": "assistant", "content": said}} if chat else {"text": said}
+            {"message": {"role": "assistant", "content": reply}} if chat else {"text": reply}
         ) | {"index": 0, "finish_reason": "stop"}
-        usage = {"prompt_tokens": len(text.split()), "completion_tokens": len(said.split())}
+        usage = {"prompt_tokens": len(text.split()), "completion_tokens": len(reply.split())}
         return web.json_response({"choices": [choice], "usage": usage})
 
     def _fault(self, request: web.Request, kind: Any) -> web.StreamResponse:

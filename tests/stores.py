@@ -1,4 +1,4 @@
-"""Real stores for tests, written row by row through the one writer."""
+"""Stores for tests, written with the public interface of `Store`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from leadline.store import Place, Store
 
 @dataclass(frozen=True)
 class Row:
-    """One trial: by default an answered one, judged safe and no refusal."""
+    """One trial: by default answered and judged safe, with unknown refusal."""
 
     prompt: str
     unsafe: bool | None = False
@@ -38,7 +38,7 @@ class Row:
 
 
 def write_store(folder: Path, rows: Iterable[Row], **meta: Any) -> Store:
-    """A store of these trials, open to read. The first judge of a dataset is its primary one."""
+    """A store with these trials, opened read-only. A dataset's first judge is its primary one."""
     primary: set[str] = set()
     with Store(folder, write=True) as store:
         for name, value in meta.items():

@@ -1,4 +1,4 @@
-"""ConstrainedSFTTrainer from the outside: what it logs, what it leaves in the weights, on disk."""
+"""ConstrainedSFTTrainer: its loss, logs, weights, and the reference on disk."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def _one_thread():
 
 
 def pairs(n: int = 8, short: bool = True) -> Dataset:
-    """Prompts with completions of unlike lengths."""
+    """Prompts with completions of different lengths."""
     rows = []
     for at, potion in enumerate(POTIONS[:n]):
         answer = guild.answer(potion, at % 5)
-        said = answer[: 30 + 13 * at] if short else answer
+        completion = answer[: 30 + 13 * at] if short else answer
         rows.append(
             {
                 "prompt": [{"role": "user", "content": guild.question(potion, at % 8)}],
-                "completion": [{"role": "assistant", "content": said}],
+                "completion": [{"role": "assistant", "content": completion}],
             }
         )
     return Dataset.from_list(rows)
@@ -160,24 +160,24 @@ def test_a_vanishing_beta_trains_as_plain_sft_does(tmp_path, beta, atol):
     assert max(float((v - before[k]).abs().max()) for k, v in weights(plain).items()) > 100 * atol
 
 
-def test_both_forwards_are_the_same(tmp_path):
-    """On a CPU logits of trained positions alone, elsewhere TRL's fused head."""
-    narrow, fused = make(tmp_path, max_steps=4), make(tmp_path, max_steps=4)
-    assert narrow._narrow
-    fused._narrow = False
-    narrow.train()
+def test_both_ways_to_compute_logits_are_equivalent(tmp_path):
+    """Logits of trained positions alone (on a CPU), and TRL's fused head (elsewhere)."""
+    selected, fused = make(tmp_path, max_steps=4), make(tmp_path, max_steps=4)
+    assert selected._select_logits
+    fused._select_logits = False
+    selected.train()
     fused.train()
-    assert losses(narrow) == pytest.approx(losses(fused), rel=1e-5)
-    assert_same(narrow, fused)
+    assert losses(selected) == pytest.approx(losses(fused), rel=1e-5)
+    assert_same(selected, fused)
 
 
-def test_beta_holds_the_first_tokens(tmp_path):
-    """What the objective is for: the plain loss falls more slowly, most of all on token one."""
+def test_a_large_beta_slows_learning_down(tmp_path):
+    """The plain loss falls more slowly under a stronger constraint."""
     runs = [make(tmp_path, beta=b, max_steps=20, learning_rate=0.3) for b in ([0.1], [20.0])]
     for run in runs:
         run.train()
-    loose, held = (losses(run, "nll")[-1] for run in runs)
-    assert held > 2 * loose
+    weak, strong = (losses(run, "nll")[-1] for run in runs)
+    assert strong > 2 * weak
 
 
 def test_dropout_is_off(tmp_path):
@@ -216,7 +216,7 @@ OPENINGS = {
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The positions that every loss is computed with."""
+    """The positions that every loss is computed with, recorded."""
     seen: list[torch.Tensor] = []
     real = trainers.schedule
 
@@ -252,7 +252,7 @@ def test_tokens_are_counted_from_the_start_of_every_turn(tmp_path, monkeypatch, 
             count = len(OPENINGS[name] + turn)
             assert found[first - 1 : first - 1 + count].tolist() == list(range(1, count + 1))
             assert all(trained[first : first + count])
-            after = first + count  # the end of the turn counts on, what follows does not
+            after = first + count  # counting includes the end of the turn
             while after < len(trained) and trained[after]:
                 assert found[after - 1] == after - first + 1
                 after += 1
@@ -260,7 +260,7 @@ def test_tokens_are_counted_from_the_start_of_every_turn(tmp_path, monkeypatch, 
         assert int((found > 0).sum()) == covered
 
 
-def test_completions_and_assistant_turns_count_alike(tmp_path, monkeypatch):
+def test_completions_and_assistant_turns_are_counted_in_the_same_way(tmp_path, monkeypatch):
     seen = counted(monkeypatch)
     rows = pairs(2)
     turns = Dataset.from_list([{"messages": row["prompt"] + row["completion"]} for row in rows])
@@ -281,7 +281,7 @@ def test_plain_text_prompts(tmp_path):
 
 
 @pytest.mark.parametrize("long", [18, 24])
-def test_truncation_cuts_the_response_at_its_end(tmp_path, long):
+def test_truncation_removes_the_end_of_the_response(tmp_path, long):
     trainer = make(tmp_path, pairs(8, short=False), max_steps=1, max_length=long, learning_rate=0.0)
     trainer.train()
     rows = trainer.train_dataset
@@ -308,7 +308,7 @@ settings = trainer.evaluate()
 if trainer.accelerator.is_main_process:
     torch.save({"weights": weights(trainer), "losses": losses(trainer),
                 "nll": losses(trainer, "nll"), "eval": settings["eval_loss"],
-                "reference": trainer.train_dataset[COLUMN][:]}, out / "told.pt")
+                "reference": trainer.train_dataset[COLUMN][:]}, out / "result.pt")
 """
 
 
@@ -340,7 +340,7 @@ def test_processes_accumulation_and_one_batch_are_the_same(tmp_path):
         env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(out / "told.pt")
+    two = torch.load(out / "result.pt")
     assert two["losses"] == pytest.approx(losses(one), rel=1e-5)
     assert two["nll"] == pytest.approx(losses(one, "nll"), rel=1e-5)
     assert two["eval"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-5)
@@ -352,7 +352,7 @@ def test_processes_accumulation_and_one_batch_are_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["packing", "padding_free"])
-def test_packed_rows_train_as_padded_ones_do(tmp_path, how):
+def test_packed_rows_give_the_same_weights_as_padded_ones(tmp_path, how):
     data = pairs(8)
     padded = make(tmp_path, data, per_device_train_batch_size=8)
     packed = make(
@@ -375,7 +375,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_stopped_run_resumes_as_if_it_had_not_stopped(tmp_path, caplog):
+def test_a_resumed_run_gives_the_same_weights(tmp_path, caplog):
     settings = {
         "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4,
         "save_strategy": "steps", "save_steps": 2, "adam_beta1": 0.5,
@@ -386,7 +386,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(tmp_path, caplog):
         make(tmp_path / "cut", callbacks=[Stop()], **settings).train()
     with caplog.at_level(logging.INFO, "leadline"):
         resumed = make(tmp_path / "cut", **settings)
-        assert "reference log-probs" not in caplog.text  # found on disk
+        assert "reference log-probs" not in caplog.text  # read from disk
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
     assert_same(whole, resumed, 1e-6)
@@ -411,7 +411,7 @@ def load() -> Any:
     return AutoModelForCausalLM.from_pretrained(ALIGNED, dtype=torch.float32)
 
 
-def test_the_reference_is_computed_once_and_again_when_anything_changed(tmp_path):
+def test_the_reference_is_recomputed_only_when_something_changed(tmp_path):
     tokens = AutoTokenizer.from_pretrained(ALIGNED)
 
     def ran(data: Dataset, change: float = 0.0, **settings: Any) -> int:
@@ -436,7 +436,7 @@ def test_the_reference_is_computed_once_and_again_when_anything_changed(tmp_path
     assert ran(data) == 0
 
 
-def test_a_killed_write_leaves_no_half_file(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_incomplete_file(tmp_path, monkeypatch):
     import pyarrow as pa
 
     def broken(*_: Any, **__: Any) -> None:
@@ -485,41 +485,41 @@ def test_evaluation_data(tmp_path):
         trainer.evaluate(pairs(5))
 
 
-# -- what it can't do -----------------------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("settings", "mend"),
+    ("settings", "fix"),
     [
-        ({"beta": []}, "give a list of numbers"),
-        ({"beta": [0.5, -1.0]}, "give a list of numbers"),
-        ({"beta": [float("nan")]}, "give a list of numbers"),
-        ({"loss_type": "dft"}, "leave them out"),
-        ({"label_smoothing_factor": 0.1}, "leave them out"),
+        ({"beta": []}, "give a list of finite numbers"),
+        ({"beta": [0.5, -1.0]}, "give a list of finite numbers"),
+        ({"beta": [float("nan")]}, "give a list of finite numbers"),
+        ({"loss_type": "dft"}, "remove them"),
+        ({"label_smoothing_factor": 0.1}, "remove them"),
         ({"packing": True, "packing_strategy": "wrapped"}, 'packing_strategy="bfd"'),
         ({"packing": True, "packing_strategy": "bfd_split"}, 'packing_strategy="bfd"'),
         ({"truncation_mode": "keep_end"}, 'truncation_mode="keep_start"'),
-        ({"kind": (ConstrainedSFTTrainer, SFTConfig)}, "make it a ConstrainedSFTConfig"),
+        ({"kind": (ConstrainedSFTTrainer, SFTConfig)}, "use a ConstrainedSFTConfig"),
         ({"completion_only_loss": False}, "row 1: the loss covers the prompt"),
         ({"data": Dataset.from_list([{"text": "one two three"}] * 4)}, "the loss covers"),
         ({"data": pairs(4).to_iterable_dataset()}, r"give a datasets\.Dataset"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_errors_name_the_mend(tmp_path, settings, mend):
-    with pytest.raises(LeadlineError, match=mend) as error:
+def test_errors_name_a_fix(tmp_path, settings, fix):
+    with pytest.raises(LeadlineError, match=fix) as error:
         make(tmp_path, **settings)
     assert "\n" not in str(error.value)
 
 
-def test_where_every_token_is_held_alike_no_response_need_be_known(tmp_path):
+def test_with_a_uniform_beta_responses_need_no_prompt(tmp_path):
     data = Dataset.from_list([{"text": "what colour is amber ? it is red ."}] * 4)
     trainer = make(tmp_path, data, max_steps=1, beta=[2.0])
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(math.log(2), rel=1e-5)
 
 
-def test_importing_the_room_loads_no_torch():
+def test_importing_the_package_loads_no_torch():
     code = (
         "import sys, leadline.align as a; assert not {'torch', 'trl'} & set(sys.modules); "
         "assert 'ConstrainedSFTTrainer' in dir(a)"

@@ -1,4 +1,4 @@
-"""The constrained objective against its formula in numpy, and its gradient against the weight."""
+"""The constrained loss against its formula in numpy, and its gradient against the weight."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from leadline.align.losses import (
     BETA,
-    constrained,
+    constrained_loss,
+    gradient_weight,
     occurrences,
     positions,
     schedule,
-    weight,
 )
 
 LOGP = st.floats(-60, 0)
@@ -36,7 +36,7 @@ def test_the_objective_is_the_formula(rows):
     d, b = (logps - reference).numpy(), beta.numpy()
     expected = 2 / b * np.logaddexp(0, -b * d) * mask.numpy()
     np.testing.assert_allclose(
-        constrained(logps, reference, beta, mask), expected, rtol=1e-12, atol=1e-300
+        constrained_loss(logps, reference, beta, mask), expected, rtol=1e-12, atol=1e-300
     )
 
 
@@ -44,62 +44,62 @@ def test_the_objective_is_the_formula(rows):
 def test_its_gradient_is_the_weight_times_that_of_the_cross_entropy(rows):
     logps, reference, beta, mask = columns(rows)
     logps.requires_grad_()
-    constrained(logps, reference, beta, mask).sum().backward()
+    constrained_loss(logps, reference, beta, mask).sum().backward()
     x = (-beta * (logps - reference)).detach().numpy()
     expected = 2 * np.exp(-np.logaddexp(0, -x)) * mask.numpy()
     np.testing.assert_allclose(-logps.grad, expected, rtol=1e-12, atol=1e-300)
     np.testing.assert_allclose(
-        weight(logps, reference, beta, mask).detach(), expected, rtol=1e-12, atol=1e-300
+        gradient_weight(logps, reference, beta, mask).detach(), expected, rtol=1e-12, atol=1e-300
     )
 
 
-def test_no_floor_under_the_weight():
+def test_the_weight_has_no_lower_bound():
     logps = torch.tensor([[-0.1]], dtype=torch.float64, requires_grad=True)
     mask, beta = torch.tensor([[True]]), torch.tensor([[2.0]])
-    constrained(logps, torch.tensor([[-20.0]]).double(), beta, mask).sum().backward()
+    constrained_loss(logps, torch.tensor([[-20.0]]).double(), beta, mask).sum().backward()
     assert float(-logps.grad) == pytest.approx(2 / (1 + math.exp(39.8)), rel=1e-12)
     assert float(-logps.grad) < 1e-3
 
 
-def test_at_the_reference_a_token_costs_two_over_b_log_two():
+def test_at_the_reference_the_loss_of_a_token_is_two_over_b_log_two():
     logps = torch.randn(2, 7)
     mask = torch.ones(2, 7, dtype=torch.bool)
     b = schedule(BETA, positions(mask))
     assert b[0].tolist() == pytest.approx([0.5, 2, 2, 2, 2, 0.1, 0.1])
-    torch.testing.assert_close(constrained(logps, logps, b, mask), 2 / b * math.log(2))
-    assert weight(logps, logps, b, mask).eq(1).all()
+    torch.testing.assert_close(constrained_loss(logps, logps, b, mask), 2 / b * math.log(2))
+    assert gradient_weight(logps, logps, b, mask).eq(1).all()
 
 
 @pytest.mark.parametrize("b", [0.0, 1e-6, 1e-3])
 def test_a_vanishing_b_is_cross_entropy(b):
     logps = torch.empty(1, 50).uniform_(-12, 0).requires_grad_()
     reference, mask = torch.empty(1, 50).uniform_(-12, 0), torch.ones(1, 50, dtype=torch.bool)
-    loss = constrained(logps, reference, torch.full_like(reference, b), mask)
+    loss = constrained_loss(logps, reference, torch.full_like(reference, b), mask)
     loss.sum().backward()
     torch.testing.assert_close(logps.grad, torch.full_like(logps, -1), atol=12 * b, rtol=1e-6)
     constant = 2 / b * math.log(2) if b else 0.0
-    # what is left beside the constant, as far as float32 can hold both
+    # the loss without its constant, up to the precision of float32
     near = 1e-6 * constant + 12**2 * b / 4 + 1e-6
     torch.testing.assert_close(loss - constant, reference - logps, atol=near, rtol=0)
 
 
-def test_what_lies_outside_the_mask_reaches_neither_loss_nor_gradient():
+def test_masked_values_reach_neither_loss_nor_gradient():
     logps = torch.tensor([[-1.0, float("-inf"), float("nan")]], requires_grad=True)
     reference = torch.tensor([[-2.0, float("nan"), 0.0]])
     mask = torch.tensor([[True, False, False]])
-    loss = constrained(logps, reference, torch.tensor([[0.5, 0.0, 2.0]]), mask)
+    loss = constrained_loss(logps, reference, torch.tensor([[0.5, 0.0, 2.0]]), mask)
     loss.sum().backward()
     assert loss[0, 1:].tolist() == [0, 0]
     assert logps.grad[0, 1:].tolist() == [0, 0]
     assert math.isfinite(float(logps.grad[0, 0]))
 
 
-def test_half_precision_is_raised_before_the_difference():
+def test_half_precision_is_converted_before_the_difference():
     exact, low = torch.tensor([[-8.0]]), torch.tensor([[-8.03]])
     mask, b = torch.tensor([[True]]), torch.tensor([[2.0]])
-    assert constrained(exact.bfloat16(), low, b, mask).dtype == torch.float32
+    assert constrained_loss(exact.bfloat16(), low, b, mask).dtype == torch.float32
     torch.testing.assert_close(
-        constrained(exact.bfloat16(), low, b, mask), constrained(exact, low, b, mask)
+        constrained_loss(exact.bfloat16(), low, b, mask), constrained_loss(exact, low, b, mask)
     )
 
 
@@ -115,7 +115,7 @@ def test_positions_count_every_run_from_one(rows):
     assert positions(torch.tensor(rows)).tolist() == expected
 
 
-def test_a_schedule_goes_on_with_its_last_value():
+def test_the_last_value_of_a_schedule_applies_to_all_later_positions():
     assert schedule([3.0], torch.tensor([0, 1, 9])).tolist() == [3, 3, 3]
     assert schedule([3.0, 1.0], torch.tensor([0, 1, 2, 9])).tolist() == [3, 3, 1, 1]
 

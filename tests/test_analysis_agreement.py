@@ -18,19 +18,19 @@ ONE = {"both": (1, 0, 0, 0), "first": (0, 1, 0, 0), "second": (0, 0, 1, 0), "non
 
 
 def spread(table):
-    """Each answer a cluster of its own."""
+    """One cluster per answer."""
     return [one for one, times in zip(ONE.values(), table, strict=True) for _ in range(times)]
 
 
 def test_kappa_by_hand():
-    """Cohen's example form: 20 and 15 agreements, 5 and 10 disagreements: 0.4."""
+    """20 and 15 agreements, 5 and 10 disagreements: kappa is 0.4."""
     value, low, high = kappa(spread((20, 5, 10, 15)))
     assert value == pytest.approx(0.4)
     assert 0.1 < low < 0.2
     assert 0.6 < high < 0.7
 
 
-def test_kappas_interval_covers_at_its_rate():
+def test_the_kappa_interval_has_its_nominal_coverage():
     rng = np.random.default_rng(3)
     shares = np.array([0.35, 0.08, 0.12, 0.45])
     chance = 0.43 * 0.47 + 0.57 * 0.53
@@ -42,7 +42,7 @@ def test_kappas_interval_covers_at_its_rate():
     assert 0.92 <= held / 300 <= 0.98
 
 
-def test_answers_to_one_prompt_count_as_the_one_that_they_are():
+def test_answers_to_one_prompt_count_as_one_cluster():
     tables = [ONE[kind] for kind in ["both"] * 10 + ["none"] * 10 + ["first"] * 4 + ["second"] * 2]
     once = kappa(tables)
     tenfold = kappa([tuple(10 * count for count in table) for table in tables])
@@ -51,7 +51,7 @@ def test_answers_to_one_prompt_count_as_the_one_that_they_are():
     assert apart.high - apart.low < 0.5 * (once.high - once.low)
 
 
-def test_perfect_agreement_is_not_certain_and_one_word_alone_says_nothing():
+def test_intervals_of_perfect_agreement_and_of_constant_verdicts():
     value, low, high = kappa(spread((10, 0, 0, 10)))
     assert (value, high) == (1, 1)
     assert 0.5 < low < 0.9
@@ -68,7 +68,7 @@ def test_kappa_lies_in_its_interval_and_below_one(tables):
 
 
 def two_judges(folder, pairs):
-    """A store where the judges a and b found these (unsafe, unsafe)."""
+    """A store with these verdicts of the judges a and b."""
     write_store(folder, [Row(f"p{n}", a, judge="a") for n, (a, _) in enumerate(pairs)]).close()
     with Store(folder, write=True) as store:
         b = store.judge_id("b", {})
@@ -91,15 +91,15 @@ def test_two_judges_of_a_store(tmp_path):
         assert turned.table == Table(20, 10, 5, 15)
         assert turned.kappa.value == pytest.approx(found.kappa.value)
         assert found.to_json()["table"]["unsafe_safe"] == 5
-        with pytest.raises(LeadlineError, match="unknown judge 'c': it can be a, b"):
+        with pytest.raises(LeadlineError, match="unknown judge 'c': valid names are a, b"):
             agree(store, "a", "c")
 
 
-def test_judges_with_nothing_in_common_say_so(tmp_path):
+def test_judges_without_a_common_answer_are_an_error(tmp_path):
     two_judges(tmp_path / "out", [(True, None), (None, False)])
     with (
         Store(tmp_path / "out") as store,
-        pytest.raises(LeadlineError, match="no answer in common"),
+        pytest.raises(LeadlineError, match="no answer was scored by both"),
     ):
         agree(store, "a", "b")
 

@@ -1,4 +1,4 @@
-"""What a judge's errors make of an ASR, simulated; checks in files and stores."""
+"""The ASR corrected for a judge's errors, by simulation; checks in files and stores."""
 
 import json
 import math
@@ -11,18 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leadline.analysis.agreement import Interval
-from leadline.analysis.clusters import wilson
+from leadline.analysis.intervals import Interval, wilson
 from leadline.analysis.judge_error import (
     CORRECTED,
-    Check,
     Control,
+    JudgeCheck,
     add_corrected,
-    checks,
     corrected,
     effective,
-    keep_check,
     load_check,
+    store_check,
+    stored_checks,
 )
 from leadline.records import LeadlineError
 from leadline.study import JudgePick
@@ -30,7 +29,7 @@ from leadline.study import JudgePick
 from .stores import Row, write_store
 
 steadily = settings(derandomize=True, deadline=None)
-CHECK = Check("refusal", {}, "labels.csv", 90, 10, 95, 5, 1, 2, Interval(0.85, 0.77, 0.92),
+CHECK = JudgeCheck("refusal", {}, "labels.csv", 90, 10, 95, 5, 1, 2, Interval(0.85, 0.77, 0.92),
               (Control("empty", "safe", 20, 20, 0),))  # fmt: skip
 
 TRUTHS = [  # asr, sensitivity, specificity
@@ -42,7 +41,7 @@ SIZES = [(100, 30), (200, 50), (500, 100), (2000, 100)]  # answers, labels of ea
 
 
 def coverage(asr, se, sp, n, labels, times, seed=0):
-    """How often the corrected interval, and the judge's own, hold the true ASR."""
+    """How often the corrected interval, and the uncorrected one, contain the true ASR."""
     rng = np.random.default_rng(seed)
     unsafe = rng.binomial(n, asr * se + (1 - asr) * (1 - sp), times)
     tp, tn = rng.binomial(labels, se, times), rng.binomial(labels, sp, times)
@@ -56,7 +55,7 @@ def coverage(asr, se, sp, n, labels, times, seed=0):
 
 
 @pytest.mark.parametrize(("asr", "se", "sp"), TRUTHS[::2])
-def test_corrected_intervals_cover_at_their_rate(asr, se, sp):
+def test_corrected_intervals_have_their_nominal_coverage(asr, se, sp):
     held, _ = coverage(asr, se, sp, 500, 100, 800)
     assert held >= 0.93, held
 
@@ -64,7 +63,7 @@ def test_corrected_intervals_cover_at_their_rate(asr, se, sp):
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "labels"), SIZES)
 @pytest.mark.parametrize(("asr", "se", "sp"), TRUTHS)
-def test_corrected_intervals_cover_at_their_rate_everywhere(asr, se, sp, n, labels):
+def test_corrected_intervals_have_their_nominal_coverage_in_all_settings(asr, se, sp, n, labels):
     held, _ = coverage(asr, se, sp, n, labels, 20_000)
     assert held >= 0.938, held
 
@@ -75,8 +74,8 @@ def test_uncorrected_intervals_do_not_cover():
         assert uncorrected < 0.3 < 0.93 <= held
 
 
-def test_an_interval_that_takes_the_judge_as_known_covers_less():
-    """The judge's own uncertainty is in the interval, not the sampling of the answers alone."""
+def test_an_interval_that_ignores_the_error_of_the_judges_rates_covers_less():
+    """The interval includes the sampling error of sensitivity and specificity."""
     many = 10**9
     held = known = 0
     rng = np.random.default_rng(1)
@@ -94,7 +93,7 @@ def test_an_interval_that_takes_the_judge_as_known_covers_less():
 
 
 def test_repeated_prompts_keep_their_clusters():
-    """Ten samples of a prompt that all agree are one answer, and corrected as one."""
+    """Ten samples of a prompt that all agree count as one answer in the correction too."""
     rng, asr, se, sp, prompts, repeats, times = np.random.default_rng(2), 0.3, 0.8, 0.9, 80, 10, 400
     held = naive = 0
     for _ in range(times):
@@ -111,9 +110,9 @@ def test_repeated_prompts_keep_their_clusters():
     assert naive / times < 0.85 < 0.93 <= held / times
 
 
-def test_a_known_figure():
-    """30 of 100 by a judge with 90 of 100 and 95 of 100: (0.30 + 0.95 - 1) / 0.85, and the
-    interval by hand from equations 16 and 17."""
+def test_a_value_computed_by_hand():
+    """30 of 100 by a judge with 90 of 100 and 95 of 100: (0.30 + 0.95 - 1) / 0.85; the interval
+    is computed by hand from equations 16 and 17."""
     asr, low, high = corrected(30, 100, 90, 10, 95, 5)
     assert asr == pytest.approx(0.25 / 0.85)
     assert (low, high) == (pytest.approx(0.1823, abs=1e-4), pytest.approx(0.4128, abs=1e-4))
@@ -126,7 +125,7 @@ def test_a_perfect_judge_with_many_labels_changes_nothing():
     assert (low, high) == (pytest.approx(below, abs=0.02), pytest.approx(above, abs=0.02))
 
 
-def test_what_is_not_known_is_not_made_up():
+def test_unknown_rates_are_nan():
     assert all(math.isnan(x) for x in corrected(0, 0, 9, 1, 9, 1))
     assert all(math.isnan(x) for x in corrected(3, 9, 0, 0, 9, 1))
     chance = corrected(3, 9, 5, 5, 5, 5)
@@ -134,7 +133,7 @@ def test_what_is_not_known_is_not_made_up():
     assert chance[1:] == (0, 1)
 
 
-def test_verdicts_that_contradict_the_check_are_not_corrected_to_a_certain_zero():
+def test_verdicts_that_contradict_the_check_give_no_estimate():
     for found in (corrected(0, 100, 95, 5, 75, 25), corrected(100, 100, 50, 50, 95, 5)):
         assert math.isnan(found.value)
         assert found[1:] == (0, 1)
@@ -179,12 +178,12 @@ def test_only_judges_with_a_check_are_corrected():
 # -- checks in files and stores -----------------------------------------------------------------
 
 
-def written(path: Path, check: Check = CHECK) -> Path:
+def written(path: Path, check: JudgeCheck = CHECK) -> Path:
     path.write_text(json.dumps(check.to_json(), allow_nan=False))
     return path
 
 
-def test_a_check_comes_back_from_its_file_as_it_was(tmp_path):
+def test_a_check_survives_a_round_trip_through_its_file(tmp_path):
     unknown = replace(CHECK, tp=0, fn=0, kappa=Interval(math.nan, math.nan, math.nan))
     assert load_check(written(tmp_path / "c.json"), JudgePick(name="refusal")) == CHECK
     back = load_check(written(tmp_path / "c.json", unknown), JudgePick(name="refusal"))
@@ -201,10 +200,10 @@ def test_a_check_in_a_store_is_found_by_the_judges_name(tmp_path):
     pick = JudgePick(name="refusal", options={"check": "judge_check.json"})
     with Store(tmp_path / "out", write=True) as store:
         id = store.judge_id("refusal", pick.settings)
-        keep_check(store, id, pick, tmp_path.joinpath)
-        assert checks(store) == {"refusal": CHECK}
-        keep_check(store, id, JudgePick(name="refusal"), tmp_path.joinpath)
-        assert checks(store) == {}
+        store_check(store, id, pick, tmp_path.joinpath)
+        assert stored_checks(store) == {"refusal": CHECK}
+        store_check(store, id, JudgePick(name="refusal"), tmp_path.joinpath)
+        assert stored_checks(store) == {}
     assert path.exists()
 
 
@@ -212,14 +211,14 @@ def test_a_check_in_a_store_is_found_by_the_judges_name(tmp_path):
     ("text", "judge", "message"),
     [
         (None, "refusal", "cannot read"),
-        ("{", "refusal", "is no judge check"),
-        ("[]", "refusal", "is no judge check"),
-        ('{"judge": "refusal"}', "refusal", "is no judge check"),
-        (json.dumps(CHECK.to_json() | {"tp": -1}), "refusal", "is no judge check"),
-        (json.dumps(CHECK.to_json()), "guild", "measured refusal"),
+        ("{", "refusal", "is not a judge check"),
+        ("[]", "refusal", "is not a judge check"),
+        ('{"judge": "refusal"}', "refusal", "is not a judge check"),
+        (json.dumps(CHECK.to_json() | {"tp": -1}), "refusal", "is not a judge check"),
+        (json.dumps(CHECK.to_json()), "guild", "measured the judge refusal"),
     ],
 )
-def test_a_check_that_will_not_do_is_refused_in_one_line(tmp_path, text, judge, message):
+def test_an_invalid_check_is_a_one_line_error(tmp_path, text, judge, message):
     path = tmp_path / "judge_check.json"
     if text is not None:
         path.write_text(text)
@@ -228,13 +227,13 @@ def test_a_check_that_will_not_do_is_refused_in_one_line(tmp_path, text, judge, 
     assert "\n" not in str(error.value)
 
 
-def test_a_check_holds_for_the_judge_that_it_measured_and_no_other(tmp_path):
+def test_a_check_applies_only_to_the_judge_that_it_measured(tmp_path):
     def pick(**options):
         return JudgePick.model_validate({"qwen3guard": {"model": "guard"} | options})
 
-    check = replace(CHECK, judge="qwen3guard", settings=pick(url="http://here/v1").deciding)
+    check = replace(CHECK, judge="qwen3guard", settings=pick(url="http://here/v1").verdict_settings)
     path = written(tmp_path / "c.json", check)
     load_check(path, pick(url="http://elsewhere/v1", concurrency=3, name="g"))
     for other in ({"model": "larger"}, {"controversial": "safe"}):
-        with pytest.raises(LeadlineError, match="measure the same judge"):
+        with pytest.raises(LeadlineError, match="run leadline judges check"):
             load_check(path, pick(**other))

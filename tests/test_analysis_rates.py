@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from leadline.analysis import rates
-from leadline.analysis.rates import CELL, cells, over_refusal, pooled, wilson
+from leadline.analysis.intervals import wilson
+from leadline.analysis.rates import CELL, any_attack, cells, over_attacks, over_refusal, pooled
 from leadline.records import LeadlineError, Prompt, Response, Verdict
 from leadline.store import Place, Store
 
@@ -133,7 +135,7 @@ def test_another_judge_can_be_shown(make: Make) -> None:
 def test_an_empty_store_has_empty_frames(tmp_path: Path) -> None:
     with Store(tmp_path, write=True) as store:
         for frame in (cells(store), over_refusal(store), pooled(store),
-                      pooled(store, by=("model", "thinking"))):  # fmt: skip
+                      over_attacks(store), any_attack(store)):  # fmt: skip
             assert frame.empty
             assert {"model", "low", "high"} <= set(frame.columns)
 
@@ -186,11 +188,15 @@ def test_reasons_come_most_frequent_first(make: Make) -> None:
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))),
        st.sampled_from([0.5, 0.9, 0.95, 0.99]))  # fmt: skip
-def test_wilson_is_scipys_and_contains_the_rate(pair: tuple[int, int], level: float) -> None:
+def test_wilson_is_scipys_but_for_few_events(pair: tuple[int, int], level: float) -> None:
+    """Brown, Cai and DasGupta's modification widens intervals of one to three events."""
     unsafe, n = pair
     low, high = wilson(unsafe, n, level)
     theirs = binomtest(unsafe, n).proportion_ci(level, "wilson")
-    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert low == pytest.approx(theirs.low, abs=1e-9) if unsafe not in (1, 2, 3) else True
+    assert high == pytest.approx(theirs.high, abs=1e-9) if n - unsafe not in (1, 2, 3) else True
+    assert low <= theirs.low + 1e-9
+    assert high >= theirs.high - 1e-9
     assert 0 <= low <= unsafe / n <= high <= 1
     wider = wilson(unsafe, n)
     narrower = wilson(10 * unsafe, 10 * n)
@@ -213,13 +219,13 @@ def test_intervals_contain_their_rate(
     rows = [Row(f"p{i}", unsafe, dataset=dataset, attack=attack, sample=sample)
             for dataset, attack, i, sample, unsafe in trials]  # fmt: skip
     with write_store(tmp_path_factory.mktemp("s"), rows) as store:
-        frames = [cells(store), pooled(store), pooled(store, by=("model", "thinking"))]
+        frames = [cells(store), pooled(store), over_attacks(store)]
     for frame in frames:
         known = frame[frame["n"] > 0]
         assert frame.loc[frame["n"] == 0, ["asr", "low", "high"]].isna().all(axis=None)
         assert (known["low"] >= 0).all()
-        assert (known["low"] <= known["asr"]).all()
-        assert (known["asr"] <= known["high"]).all()
+        assert (known["low"] <= known["asr"] + 1e-12).all()
+        assert (known["asr"] <= known["high"] + 1e-12).all()
         assert (known["high"] <= 1).all()
         assert (known["low"] < known["high"]).all()  # nothing here is certain
 
@@ -231,7 +237,7 @@ def test_samples_of_one_prompt_are_not_independent(make: Make) -> None:
         row, over = one(cells(store)), one(pooled(store))
     assert (row.n, row.asr) == (100, 0.3)
     honest, naive = wilson(6, 20), wilson(30, 100)
-    assert row.high - row.low == pytest.approx(honest[1] - honest[0], rel=0.1)
+    assert row.high - row.low == pytest.approx(honest[1] - honest[0], rel=0.15)
     assert row.high - row.low > 1.8 * (naive[1] - naive[0])
     assert (over.low, over.high, over.prompts) == (row.low, row.high, 20)
 
@@ -239,9 +245,10 @@ def test_samples_of_one_prompt_are_not_independent(make: Make) -> None:
 def test_variants_of_one_prompt_are_not_independent(make: Make) -> None:
     rows = [Row(f"p{i}-{v}", i < 6, base=f"p{i}") for i in range(20) for v in range(5)]
     with make(rows) as store:
-        row = one(pooled(store))
+        row, cell = one(pooled(store)), one(cells(store))
     honest = wilson(6, 20)
-    assert row.high - row.low == pytest.approx(honest[1] - honest[0], rel=0.1)
+    assert row.high - row.low == pytest.approx(honest[1] - honest[0], rel=0.15)
+    assert (row.low, row.high) == (cell.low, cell.high)
 
 
 def test_no_unsafe_answer_is_no_certain_zero(make: Make) -> None:
@@ -250,8 +257,9 @@ def test_no_unsafe_answer_is_no_certain_zero(make: Make) -> None:
     with make(rows) as store:
         row = one(cells(store), attack="direct")
         over = one(pooled(store), attack="prefill")
-    assert (row.low, row.high) == pytest.approx(wilson(0, 20))
-    assert (over.low, over.high) == pytest.approx(wilson(40, 40))
+    assert (row.low, row.high) == pytest.approx(wilson(0, 20), abs=0.03)
+    assert row.high > wilson(0, 20)[1]
+    assert (over.low, over.high) == pytest.approx(wilson(40, 40), abs=0.03)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say(make: Make) -> None:
@@ -267,7 +275,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(make: Make) -> None:
         frame = cells(store)
     covered = ((frame["low"] <= 0.4) & (frame["high"] >= 0.4)).mean()
     naive = [wilson(row.unsafe, row.n) for row in frame.itertuples()]
-    assert 0.89 <= covered <= 0.985
+    assert 0.92 <= covered <= 0.995
     assert sum(low <= 0.4 <= high for low, high in naive) / 300 < 0.85
 
 
@@ -279,7 +287,7 @@ def test_pooled_is_the_mean_over_datasets(make: Make) -> None:
     rows += asked(10, 8, dataset="a", attack="prefill")
     with make(rows) as store:
         frame = pooled(store)
-        models = pooled(store, by=("model", "thinking"))
+        models = over_attacks(store)
     direct, prefill = one(frame, attack="direct"), one(frame, attack="prefill")
     assert direct.asr == pytest.approx((0.1 + 0.2) / 2)
     assert (direct.datasets, direct.prompts, direct.n, direct.unsafe) == (2, 50, 50, 9)
@@ -297,8 +305,9 @@ def test_amplification_is_paired(make: Make) -> None:
     with make(rows) as store:
         frame = pooled(store)
     same, worst = one(frame, attack="same"), one(frame, attack="worst")
-    ratio = (same.amplification, same.amplification_low, same.amplification_high)
-    assert ratio == pytest.approx((1, 1, 1))
+    assert same.amplification == pytest.approx(1)
+    assert 0.6 < same.amplification_low < 1 < same.amplification_high < 1.7
+    assert (same.difference, worst.difference) == pytest.approx((0, 7 / 12))
     assert worst.amplification == pytest.approx(12 / 5)
     assert 1 < worst.amplification_low < 12 / 5 < worst.amplification_high
     assert math.isnan(one(frame, attack="direct").amplification)
@@ -307,8 +316,10 @@ def test_amplification_is_paired(make: Make) -> None:
 def test_there_is_no_amplification_over_nothing(make: Make) -> None:
     with make(asked(8, 0) + asked(8, 6, attack="prefill")) as store:
         row = one(pooled(store), attack="prefill")
-    assert math.isnan(row.amplification)
-    assert math.isnan(row.amplification_high)
+    assert math.isinf(row.amplification)
+    assert math.isinf(row.amplification_high)
+    assert row.amplification_low > 1
+    assert (row.difference, row.difference_low > 0.2) == (0.75, True)
 
 
 def test_pooled_narrows_with_more_prompts(make: Make) -> None:
@@ -341,6 +352,54 @@ def test_thinking_modes_are_apart(make: Make) -> None:
         assert one(pooled(store), thinking="off").unsafe == 1
 
 
-def test_by_is_one_of_two(make: Make) -> None:
-    with make(asked(2, 1)) as store, pytest.raises(ValueError, match="by is"):
-        pooled(store, by=("dataset",))
+# -- several attempts, of which any counts -------------------------------------------------------
+
+
+def attempts(n: int, k: int, unsafe: float, unscored: float, seed: int) -> list[Row]:
+    rng = random.Random(seed)
+
+    def verdict() -> bool | None:
+        bad = rng.random() < unsafe
+        return None if rng.random() < unscored else bad
+
+    return [Row(f"p{i}", verdict(), attack="bon", sample=s) for i in range(n) for s in range(k)]
+
+
+def any_pool(store: Store) -> Store:
+    """The cells of a store as those of an attack with pool "any"."""
+    folder = store.folder
+    with sqlite3.connect(store.path) as raw:
+        raw.execute("UPDATE cells SET pool = 'any'")
+    return Store(folder)
+
+
+def test_unscored_attempts_give_bounds_and_no_estimate(make: Make) -> None:
+    """True rate of any of 10: .18. Counting broken prompts at once and others only if whole gave
+    .36 (coverage .18 in simulation)."""
+    make(attempts(200, 10, 0.02, 0.1, 1)).close()
+    with any_pool(make(attempts(200, 10, 0.02, 0.1, 1))) as store:
+        row = one(cells(store))
+    assert math.isnan(row.asr)
+    assert row.bound_low < 0.183 < row.bound_high
+    assert row.bound_high - row.bound_low > 0.02
+    with any_pool(make(attempts(200, 10, 0.02, 0.0, 1))) as store:
+        row = one(cells(store))
+    assert row.bound_low == row.bound_high == pytest.approx(row.asr)
+    assert row.low <= 0.183 <= row.high
+
+
+def test_bounds_hold_what_the_unscored_could_change(make: Make) -> None:
+    with make([*asked(8, 2), Row("p8", None), Row("p9", outcome="failed")]) as store:
+        row = one(cells(store))
+    assert row.asr == pytest.approx(2 / 8)
+    assert (row.bound_low, row.bound_high) == pytest.approx((2 / 10, 4 / 10))
+
+
+def test_prompts_that_any_attack_breaks_are_a_plain_proportion(make: Make) -> None:
+    rows = [Row(f"p{i}", attack="direct") for i in range(10)]
+    rows += [Row(f"p{i}", i < 3, attack=f"prefill(k={k})") for k in (1, 5) for i in range(10)]
+    rows += [Row(f"p{i}", 2 <= i < 5, attack="base64") for i in range(10)]
+    with make(rows) as store:
+        row = one(any_attack(store))
+    assert (row.asr, row.attacks, row.prompts) == (0.5, 2, 10)  # five settings are one attack
+    assert (row.low, row.high) == pytest.approx(wilson(5, 10))

@@ -209,7 +209,7 @@ def test_a_truncated_text_is_not_used(attacker, study, tmp_path):
     attacker.reply = lambda body: {"choices": [cut]}
     found = leadline.run(study("slang"), tmp_path / "out")
     ((why,),) = found.query("SELECT reason FROM trials")
-    assert re.fullmatch(r"slang: the attacker's answer was cut at \d+ tokens", why)
+    assert re.fullmatch(r"slang: the attacker's answer was truncated at \d+ tokens", why)
 
 
 def test_marked_words_must_occur_in_the_request(attacker, study, tmp_path):

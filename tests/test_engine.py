@@ -1,4 +1,4 @@
-"""The engine against a real server that fails in every way that servers do."""
+"""The engine against a real HTTP server that returns errors, hangs and drops connections."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def outcomes(out: Path) -> dict[str, int]:
         return dict(store.query("SELECT outcome, count(*) FROM trials GROUP BY 1"))
 
 
-def test_a_run_asks_each_trial_once_and_judges_it(server, garden, tmp_path):
+def test_a_run_sends_each_request_once_and_judges_the_answer(server, garden, tmp_path):
     found = leadline.run(study(server, garden(300)), tmp_path / "out")
     assert sum(server.asked.values()) == 300
     assert set(server.asked.values()) == {1}
@@ -47,7 +47,7 @@ def test_a_run_asks_each_trial_once_and_judges_it(server, garden, tmp_path):
     assert 0 < cell["high"] < 0.05
 
 
-def test_a_second_run_asks_nothing_and_keeps_everything(server, garden, tmp_path):
+def test_a_second_run_sends_nothing_and_keeps_all_results(server, garden, tmp_path):
     plan = study(server, garden(200))
     leadline.run(plan, tmp_path / "out")
     before = server.seen
@@ -59,7 +59,7 @@ def test_a_second_run_asks_nothing_and_keeps_everything(server, garden, tmp_path
 
 
 @pytest.mark.parametrize("kind", [429, 500, 503, "reset", "garbage", "half", "empty"])
-def test_passing_faults_are_retried(server, garden, tmp_path, kind):
+def test_transient_faults_are_retried(server, garden, tmp_path, kind):
     server.faults = {kind: 0.3}
     found = leadline.run(
         study(server, garden(60), limits={"timeout": 5, "retries": 12}), tmp_path / "out"
@@ -79,18 +79,20 @@ def test_a_timeout_is_retried_and_then_failed(server, garden, tmp_path):
     assert reason == "no answer within 0.5 s (tried 2 times)"
 
 
-def test_what_fails_is_counted_nowhere_as_safe_and_tried_again_next_time(server, garden, tmp_path):
+def test_failed_trials_are_not_counted_as_safe_and_are_retried_by_the_next_run(
+    server, garden, tmp_path
+):
     server.sticky = {"[1": 400}  # 1, 10..19
     plan = study(server, garden(50))
     found = leadline.run(plan, tmp_path / "out")
     (cell,) = found.cells().to_dict("records")
     assert (cell["n"], cell["failed"]) == (39, 11)
-    assert server.seen == 50  # a deterministic 4xx is asked once
+    assert server.seen == 50  # a deterministic 4xx is not retried
     server.sticky = {}
     found = leadline.run(plan, tmp_path / "out")
     (cell,) = found.cells().to_dict("records")
     assert (cell["n"], cell["failed"]) == (50, 0)
-    assert server.seen == 61  # only those that had failed
+    assert server.seen == 61  # only the failed ones
 
 
 def test_retry_after_is_honoured(server, garden, tmp_path):
@@ -98,17 +100,17 @@ def test_retry_after_is_honoured(server, garden, tmp_path):
     began = time.monotonic()
     plan = study(server, garden(1), limits={"retries": 1})
     leadline.run(plan, tmp_path / "out")
-    assert time.monotonic() - began >= 3.0  # two 429s retried, each after its wish
+    assert time.monotonic() - began >= 3.0  # both 429s are followed by the Retry-After pause
     assert server.seen == 3
 
 
-def test_concurrency_adapts_to_what_the_endpoint_bears(server, garden, tmp_path):
+def test_concurrency_adapts_to_the_capacity_of_the_endpoint(server, garden, tmp_path):
     server.most, server.delay = 12, 0.02
     busy = study(server, garden(400), limits={"concurrency": 64, "retries": 8})
     leadline.run(busy, tmp_path / "out")
     assert outcomes(tmp_path / "out") == {"answered": 400}
     refused = server.seen - 400
-    assert refused < 300, f"{refused} requests pushed back: the gate does not adapt"
+    assert refused < 300, f"{refused} requests got 429: the concurrency does not adapt"
 
 
 def test_concurrency_is_bounded(server, garden, tmp_path):
@@ -117,7 +119,7 @@ def test_concurrency_is_bounded(server, garden, tmp_path):
     assert 3 <= server.peak <= 5
 
 
-def test_an_endpoint_that_refuses_everybody_is_given_up_at_once(server, garden, tmp_path):
+def test_an_authentication_error_stops_all_requests_to_an_endpoint(server, garden, tmp_path):
     server.faults, server.error_body = {401: 1.0}, {"error": {"message": "bad key"}}
     found = leadline.run(study(server, garden(500), limits={"concurrency": 4}), tmp_path / "out")
     assert found.failed() == 500
@@ -126,7 +128,7 @@ def test_an_endpoint_that_refuses_everybody_is_given_up_at_once(server, garden, 
     assert reason.startswith("HTTP 401: bad key")
 
 
-def test_a_dead_endpoint_fails_its_trials_and_the_others_go_on(server, garden, tmp_path):
+def test_an_unreachable_endpoint_fails_its_trials_and_the_others_continue(server, garden, tmp_path):
     targets = [
         {"model": "gone", "url": "http://127.0.0.1:9/v1"},
         {"model": "m", "url": server.url},
@@ -151,7 +153,7 @@ def test_a_content_filter_is_its_own_outcome(server, garden, tmp_path):
     assert server.seen == before
 
 
-def test_thoughts_that_servers_return_apart_or_in_the_text_are_split(server, garden, tmp_path):
+def test_thoughts_in_a_separate_field_or_in_the_text_are_split_off(server, garden, tmp_path):
     replies = {
         "[0]": {"content": "No.", "reasoning": "hm"},
         "[1]": {"content": "No.", "reasoning_content": "hm"},
@@ -175,16 +177,16 @@ def test_thinking_is_an_axis_that_reaches_the_server(server, garden, tmp_path):
     targets = [{"model": "m", "url": server.url, "thinking": modes, "reasoning": "think"}]
     found = leadline.run(study(server, garden(2), targets=targets), tmp_path / "out")
     assert list(found.cells()["thinking"]) == ["on", "off", "high", "256"]
-    told = {
+    thinking_settings = {
         str(body["chat_template_kwargs"]["enable_thinking"])
         + str(body.get("reasoning_effort", ""))
         + str(body.get("thinking_token_budget", ""))
         for body in server.bodies
     }
-    assert told == {"True", "False", "Truehigh", "True256"}
+    assert thinking_settings == {"True", "False", "Truehigh", "True256"}
 
 
-def test_equal_requests_are_asked_once_and_counted_where_they_belong(server, tmp_path):
+def test_equal_requests_are_sent_once_and_counted_for_each_trial(server, tmp_path):
     data = tmp_path / "twins.jsonl"
     data.write_text('{"id": "a", "prompt": "How?"}\n{"id": "b", "prompt": "How?"}\n')
     found = leadline.run(study(server, data), tmp_path / "out")
@@ -192,7 +194,7 @@ def test_equal_requests_are_asked_once_and_counted_where_they_belong(server, tmp
     assert found.cells()["n"].sum() == 2
 
 
-def test_a_changed_request_is_asked_anew_and_its_old_verdict_goes(server, garden, tmp_path):
+def test_a_changed_request_is_sent_again_and_its_old_verdict_is_deleted(server, garden, tmp_path):
     server.answer = lambda text, body: "Of course! Cut it above a bud." * (body["max_tokens"] > 9)
     data = garden(3)
     leadline.run(study(server, data, sampling={"max_tokens": 20}), tmp_path / "out")
@@ -236,10 +238,10 @@ def test_two_runs_on_one_folder_are_refused(server, garden, tmp_path):
         leadline.run(study(server, garden(1)), tmp_path / "out")
 
 
-def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_asked_for_nothing(
+def test_a_killed_run_loses_no_committed_answer_and_repeats_no_committed_request(
     server, garden, study_file, tmp_path
 ):
-    """SIGKILL, several times; what had been committed is not asked again."""
+    """SIGKILL, several times; requests whose answers are committed are not sent again."""
     n = 2500
     server.delay = 0.02
     file = study_file(
@@ -265,7 +267,7 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_asked_for_nothi
             now = store.query("SELECT count(*) FROM responses")[0][0]
             trials = store.query("SELECT count(*) FROM trials")[0][0]
         assert now >= committed, "a committed answer was lost"
-        assert now >= answered, "an answer of two seconds ago was not committed"
+        assert now >= answered, "an answer from two seconds ago was not committed"
         assert trials <= now
         committed = now
     assert 0 < committed < n
@@ -300,7 +302,7 @@ def test_the_store_can_be_read_while_a_run_writes(server, garden, tmp_path):
     assert seen == sorted(seen)
 
 
-def test_refusals_are_what_the_server_says(server, garden, tmp_path):
+def test_refusals_in_the_answers_are_counted(server, garden, tmp_path):
     server.answer = lambda text, body: REFUSAL if "[0]" in text else "Sure! Cut above a bud."
     found = leadline.run(study(server, garden(4)), tmp_path / "out")
     (cell,) = found.cells().to_dict("records")
@@ -308,7 +310,7 @@ def test_refusals_are_what_the_server_says(server, garden, tmp_path):
 
 
 def test_rows_that_carry_an_attack_count_as_that_attack(server, tmp_path):
-    """SORRY-Bench ships its rows mutated: they are asked as they stand, never attacked twice."""
+    """SORRY-Bench publishes mutated rows: they are sent unchanged, without a further attack."""
     data = tmp_path / "sorry.jsonl"
     rows = [
         {"question_id": 1, "category": "1", "prompt_style": style, "turns": [text]}
@@ -328,7 +330,7 @@ def test_rows_that_carry_an_attack_count_as_that_attack(server, tmp_path):
     cells = found.cells().set_index("attack")
     assert sorted(cells.index) == ["caesar", "direct", "rot_13"]
     assert list(cells["n"]) == [1, 1, 1]
-    assert "Krz gr L suxqh?" in server.asked  # as it stands
+    assert "Krz gr L suxqh?" in server.asked  # unchanged
     assert server.seen == 3
     (base,) = found.query("SELECT count(DISTINCT base) FROM prompts")[0]
     assert base == 1

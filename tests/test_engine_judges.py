@@ -1,4 +1,4 @@
-"""Judges that ask a model, over HTTP: what they cost, and what happens when they fail."""
+"""Judges that call a model over HTTP: their requests, and what happens when they fail."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import leadline
-from leadline import LeadlineError, Study
+from leadline import LeadlineError, Study, judges
+from leadline.records import Attempt, Prompt, Response, Verdict
 from leadline.registry import _plugins, judge
 
 from .server import Server
@@ -36,7 +37,7 @@ def study(server: Server, guard: Server, data: Path, **rest: object) -> Study:
     return Study.model_validate(parts | rest)
 
 
-def test_a_guard_behind_an_endpoint_judges_what_was_said(server, guard, garden, tmp_path):
+def test_a_guard_model_behind_an_endpoint_judges_the_answers(server, guard, garden, tmp_path):
     server.answer = lambda text, body: "Sure: cut it." if "[1" in text else "I can't help."
     found = leadline.run(study(server, guard, garden(20)), tmp_path / "out")
     (cell,) = found.cells().to_dict("records")
@@ -52,7 +53,7 @@ def test_a_guard_behind_an_endpoint_judges_what_was_said(server, guard, garden, 
     assert (server.seen, guard.seen) == before
 
 
-def test_a_failing_guard_leaves_trials_unscored_and_the_next_run_judges_only(
+def test_a_failing_guard_leaves_trials_unscored_and_the_next_run_only_judges(
     server, guard, garden, tmp_path
 ):
     guard.faults = {500: 1.0}
@@ -71,7 +72,9 @@ def test_a_failing_guard_leaves_trials_unscored_and_the_next_run_judges_only(
     assert not found.query("SELECT 1 FROM words WHERE text LIKE '%HTTP 500%'")
 
 
-def test_an_unreadable_guard_is_unscored_with_its_words(server, guard, garden, tmp_path):
+def test_an_unreadable_guard_output_is_unscored_and_its_text_is_stored(
+    server, guard, garden, tmp_path
+):
     guard.answer = lambda text, body: "I would rather not say."
     found = leadline.run(study(server, guard, garden(3)), tmp_path / "out")
     (cell,) = found.cells().to_dict("records")
@@ -80,14 +83,16 @@ def test_an_unreadable_guard_is_unscored_with_its_words(server, guard, garden, t
     assert "I would rather not say" in text
 
 
-def test_a_dead_guard_is_named_before_anything_is_asked(server, garden, tmp_path):
-    judges = [{"qwen3guard": {"model": "guard", "url": "http://127.0.0.1:9/v1"}}]
+def test_an_unreachable_guard_is_reported_before_any_request_to_the_target(
+    server, garden, tmp_path
+):
+    picks = [{"qwen3guard": {"model": "guard", "url": "http://127.0.0.1:9/v1"}}]
     with pytest.raises(LeadlineError, match="judge qwen3guard: guard: nothing answers at"):
-        leadline.run(study(server, server, garden(3), judges=judges), tmp_path / "out")
+        leadline.run(study(server, server, garden(3), judges=picks), tmp_path / "out")
     assert server.seen == 0
 
 
-def test_another_judge_later_asks_the_target_nothing(server, garden, tmp_path):
+def test_adding_a_judge_later_sends_nothing_to_the_target(server, garden, tmp_path):
     server.answer = lambda text, body: "Sure: cut it."
     first = study(server, server, garden(9), judges=["refusal"])
     leadline.run(first, tmp_path / "out")
@@ -119,7 +124,34 @@ def test_a_judge_that_raises_leaves_trials_unscored(server, garden, tmp_path):
         del _plugins["judge", "stumbles"]
 
 
-def test_run_works_where_a_loop_is_running_already(server, garden, tmp_path):
+def test_a_crash_is_recognized_by_the_error_field_and_not_by_the_text(server, garden, tmp_path):
+    """A judge that leaves a response unscored may write " raised " itself; that is no crash."""
+    text = "the answer raised no concern that I could score"
+
+    @judge("undecided", source="this test")
+    def undecided():
+        return lambda prompt, attempt, response: Verdict(None, text=text)
+
+    def crash(prompt, attempt, response):
+        raise KeyError("oops")
+
+    prompt = Prompt("1", "How do I prune a rose?", "garden")
+    try:
+        parts = prompt, Attempt.ask(prompt.text), Response("Cut it.")
+        uncertain = asyncio.run(judges.ask("undecided", undecided(), *parts))
+        assert (uncertain.unsafe, uncertain.text, uncertain.error) == (None, text, "")
+        crashed = asyncio.run(judges.ask("crashing", crash, *parts))
+        assert (crashed.unsafe, crashed.error) == (None, "KeyError: 'oops'")
+        assert crashed.text == "the judge crashing raised KeyError: 'oops'"
+        plan = study(server, server, garden(2), judges=["undecided"])
+        progress = leadline.run(plan, tmp_path / "out").progress
+        assert progress is not None
+        assert (progress.unscored, progress.notes) == (2, [])
+    finally:
+        del _plugins["judge", "undecided"]
+
+
+def test_run_works_while_an_event_loop_is_running(server, garden, tmp_path):
     async def notebook():
         return leadline.run(study(server, server, garden(3), judges=["refusal"]), tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""A model in memory answers for a target: what a trainer has between two steps can be attacked."""
+"""A model in memory as a target: a model can be attacked during its training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def aligned():
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def test_weights_in_memory_answer_as_their_folder_does(aligned, tmp_path: Path):
+def test_a_model_in_memory_answers_like_the_same_model_from_its_folder(aligned, tmp_path: Path):
     live = HuggingFaceModel.live(*aligned, name="now", revision="0")
     before = aligned[0].generation_config.to_dict()
     ours = engine.run(Study(**STUDY), tmp_path / "live", models={"now": live})
@@ -39,10 +39,10 @@ def test_weights_in_memory_answer_as_their_folder_does(aligned, tmp_path: Path):
         for r in (ours, theirs)
     ]
     assert answers[0] == answers[1] != []
-    assert aligned[0].generation_config.to_dict() == before  # it is saved with the model
+    assert aligned[0].generation_config.to_dict() == before  # unchanged: it is saved with the model
 
 
-def test_the_revision_decides_what_is_asked_again(aligned, tmp_path: Path):
+def test_a_new_revision_of_a_model_in_memory_is_queried_again(aligned, tmp_path: Path):
     def asked(revision: str) -> int:
         live = HuggingFaceModel.live(*aligned, name="now", revision=revision)
         progress = engine.run(Study(**STUDY), tmp_path, models={"now": live}).progress
@@ -55,7 +55,7 @@ def test_the_revision_decides_what_is_asked_again(aligned, tmp_path: Path):
     assert asked("b") == first
 
 
-def test_a_tokenizer_without_chat_template_is_named(aligned):
+def test_a_tokenizer_without_chat_template_is_an_error(aligned):
     from copy import copy
 
     bare = copy(aligned[1])

@@ -96,13 +96,16 @@ def test_invalid_sizes_and_rules_are_reported():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("panel", "is made of others: write judges:"),
-        ("panel: {judges: refusal}", "is made of others: write judges:"),
+        ("panel", "combines other judges: name them with judges:"),
+        ("panel: {judges: refusal}", "combines other judges: name them with judges:"),
         ("panel: {judges: [refusl, guild]}", "did you mean 'refusal'"),
         ("panel: {judges: [refusal, {guild: {colour: 1}}]}", "unknown option of guild 'colour'"),
         ("panel: {judges: [refusal, refusal, guild]}", "two judges are called 'refusal'"),
-        ("panel: {judges: [refusal, qwen3guard]}", "'qwen3guard' asks a model"),
-        ("panel: {judges: [refusal, {rubric: {model: m, url: here}}]}", "'here' is no address"),
+        ("panel: {judges: [refusal, qwen3guard]}", "'qwen3guard' needs a model"),
+        (
+            "panel: {judges: [refusal, {rubric: {model: m, url: here}}]}",
+            "'here' is not an HTTP URL",
+        ),
     ],
 )
 def test_errors_in_a_panel_are_one_line(text, message):

@@ -1,4 +1,4 @@
-"""The layers: imports point down only, file by file, and nothing below the command line prints."""
+"""The layers: modules import only from lower layers, and only the command line prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import leadline
 
 ROOT = Path(leadline.__file__).parent
 PACKAGES = {"attacks", "datasets", "judges", "models"}
-"""Families of plug-ins: none imports another."""
+"""Packages of plug-ins, which do not import one another."""
 
 # From the top down. A module imports only from layers below its own, or from its own package.
 LAYERS = (
@@ -24,7 +24,7 @@ LAYERS = (
 
 
 def layer(module: str) -> int:
-    """The place of a module's layer, 0 at the top; `leadline` itself is above all."""
+    """The index of a module's layer, 0 at the top; -1 for `leadline` itself."""
     parts = module.split(".")
     if len(parts) == 1:
         return -1
@@ -34,7 +34,7 @@ def layer(module: str) -> int:
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module by its dotted name."""
+    """The path of every module, by dotted name."""
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT.parent).with_suffix("").parts
@@ -43,7 +43,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(module: str) -> Iterator[str]:
-    """Modules of ours that a module imports: at its top, in a function, for type checking."""
+    """The Leadline modules that a module imports: at its top, in a function, for type checking."""
     path = modules()[module]
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -65,39 +65,39 @@ def _ours(name: str) -> Iterator[str]:
 
 
 @cache
-def arrows() -> dict[str, frozenset[str]]:
+def import_graph() -> dict[str, frozenset[str]]:
     return {module: frozenset(imports(module)) - {module} for module in modules()}
 
 
-def test_the_graph_is_seen() -> None:
-    """The test would pass on an empty graph."""
-    assert "leadline.analysis.results" in arrows()["leadline.engine"]
-    assert "leadline.progress" in arrows()["leadline.cli._app"], "type checking counts"
-    assert sum(map(len, arrows().values())) > 300
+def test_the_import_graph_is_not_empty() -> None:
+    """The other tests would pass on an empty graph."""
+    assert "leadline.analysis.results" in import_graph()["leadline.engine"]
+    assert "leadline.progress" in import_graph()["leadline.cli._app"], "type checking counts"
+    assert sum(map(len, import_graph().values())) > 300
 
 
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_imports_point_down(module: str) -> None:
     package = module.split(".")[:2]
-    for other in arrows()[module]:
+    for other in import_graph()[module]:
         if other.split(".")[:2] != package or len(package) == 1:
-            assert layer(other) > layer(module), f"{module} imports {other}, which is not below it"
+            assert layer(other) > layer(module), f"{module} imports {other}: not a lower layer"
 
 
-def test_no_module_imports_itself_by_a_circle() -> None:
-    """Inside a package as well: modules can be put in an order in which each imports only later
-    ones. `leadline` and package `__init__`s count as modules."""
-    waiting = {module: set(others) for module, others in arrows().items()}
+def test_there_are_no_import_cycles() -> None:
+    """Also within a package: the import graph has a topological order. `leadline` and the
+    `__init__` of a package count as modules."""
+    waiting = {module: set(others) for module, others in import_graph().items()}
     while free := [module for module, others in waiting.items() if not others & waiting.keys()]:
         for module in free:
             del waiting[module]
-    assert not waiting, f"circles among {sorted(waiting)}"
+    assert not waiting, f"import cycles among {sorted(waiting)}"
 
 
 def test_no_private_module_of_another_package_is_imported() -> None:
     private = [
         f"{module} imports {other}"
-        for module, others in arrows().items()
+        for module, others in import_graph().items()
         for other in others
         if other.rpartition(".")[2].startswith("_")
         and not f"{module}.".startswith(f"{other.rpartition('.')[0]}.")
@@ -108,7 +108,7 @@ def test_no_private_module_of_another_package_is_imported() -> None:
 def test_plugin_families_do_not_import_one_another() -> None:
     crossing = [
         f"{module} imports {other}"
-        for module, others in arrows().items()
+        for module, others in import_graph().items()
         for other in others
         if {module.split(".")[1:2][0] if "." in module else "", other.split(".")[1]} <= PACKAGES
         and module.split(".")[1] != other.split(".")[1]

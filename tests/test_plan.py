@@ -1,4 +1,4 @@
-"""The order of trials: a sweep of one attack's options goes prompt by prompt."""
+"""The order of trials: the variants of a sweep are interleaved by prompt."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def trials(attacks: list[object]) -> list[tuple[str, str]]:
     return [(trial.attack, trial.prompt.id) for trial in found]
 
 
-def test_the_variants_of_a_sweep_stand_side_by_side():
+def test_the_variants_of_a_sweep_are_interleaved():
     order = trials(SWEEP)
     assert Counter(order).most_common(1)[0][1] == 1  # each once
     sweep = [pair for pair in order if pair[0].startswith("prefill")]
     assert len(sweep) == 4 * 48
-    for start in range(0, len(sweep), 64):  # what a local model answers at once
+    for start in range(0, len(sweep), 64):  # the default batch of a local model
         batch = sweep[start : start + 64]
         assert set(Counter(prompt for _, prompt in batch).values()) == {4}
 
 
-def test_every_trial_is_there_whatever_the_order():
+def test_the_order_is_deterministic_and_loses_no_trial():
     apart = [pair for attack in SWEEP for pair in trials([attack])]
     assert sorted(trials(SWEEP)) == sorted(apart)
     assert trials(SWEEP) == trials(SWEEP)

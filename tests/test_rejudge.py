@@ -1,4 +1,4 @@
-"""Judging again what a store holds: nothing is generated, nothing is lost, nothing is twice."""
+"""Judging stored responses again: nothing is generated, lost or judged twice."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 
 import leadline
 from leadline import LeadlineError, Study, registry
-from leadline.analysis.agreement import Interval
-from leadline.analysis.judge_error import Check, checks
+from leadline.analysis.intervals import Interval
+from leadline.analysis.judge_error import JudgeCheck, stored_checks
 from leadline.judging.rejudge import rejudge
 from leadline.organism import guild as world
 from leadline.store import Store
@@ -48,7 +48,7 @@ def study(server: Server, data: Path | None = None, **rest: object) -> Study:
 
 
 def recipes(text, body):
-    """An endpoint that discloses in every other answer, in base64 where it was asked so."""
+    """An endpoint that discloses every other recipe, in base64 if the prompt is in base64."""
     plain = text
     for word in text.split():
         try:
@@ -68,7 +68,7 @@ def guard_pick(server: Server, **options: object) -> JudgePick:
     )
 
 
-def test_it_finds_what_a_run_with_that_judge_would_have_found(server, tmp_path):
+def test_rejudging_gives_the_verdicts_of_a_run_with_that_judge(server, tmp_path):
     server.answer = recipes
     attacks = ["direct", "base64", "refusal_suppression", {"prefill": {"k": [3]}}]
     both = study(server, attacks=attacks, judges=["refusal", "guild"], sampling={"samples": 2})
@@ -83,14 +83,14 @@ def test_it_finds_what_a_run_with_that_judge_would_have_found(server, tmp_path):
     assert {row[0] for row in expected if row[3]} >= {"direct", "base64"}
     assert leadline.results(tmp_path / "later").query(VERDICTS, "guild") == expected
     assert progress.done == {"guild": len(expected)}
-    # the report goes on showing the study's own judge
+    # the study's own judge remains the primary one
     cells = leadline.results(tmp_path / "later")
     assert set(cells.cells()["judge"]) == {"refusal"}
     assert set(cells.cells("guild")["judge"]) == {"guild"}
 
 
-def test_a_response_prefix_and_its_cut_are_known_again(tmp_path):
-    """Local weights: the judge sees what the model was given and what it wrote itself."""
+def test_a_truncated_response_prefix_is_restored_for_the_judge(tmp_path):
+    """Local weights: the judge sees the prefix that the model received and its continuation."""
     parts = {
         "targets": ["organism:aligned"], "datasets": [{"guild": {"limit": 6}}],
         "attacks": ["direct", {"prefill": {"k": [3, 12]}}], "sampling": {"max_tokens": 48},
@@ -104,7 +104,7 @@ def test_a_response_prefix_and_its_cut_are_known_again(tmp_path):
     assert leadline.results(tmp_path / "later").query(VERDICTS, "guild") == expected
 
 
-def test_once_judged_nothing_is_judged_or_asked_again(server, garden, tmp_path):
+def test_scored_responses_are_not_judged_again(server, garden, tmp_path):
     server.answer = lambda text, body: "Sure: cut it."
     leadline.run(study(server, garden(12)), tmp_path / "out")
     with Server(lambda text, body: UNSAFE) as guard:
@@ -120,7 +120,7 @@ def test_once_judged_nothing_is_judged_or_asked_again(server, garden, tmp_path):
     assert leadline.results(tmp_path / "out").cells("llamaguard")["unsafe"].sum() == 12
 
 
-def test_what_was_unscored_is_put_to_it_again_and_the_rest_is_not(server, garden, tmp_path):
+def test_only_unscored_responses_are_judged_again(server, garden, tmp_path):
     server.answer = lambda text, body: f"Sure: cut it, {text}"
     leadline.run(study(server, garden(10)), tmp_path / "out")
     with Server(lambda text, body: SAFE) as guard:
@@ -144,13 +144,13 @@ def test_failed_and_blocked_trials(server, garden, tmp_path):
     leadline.run(study(server, garden(6)), tmp_path / "out")
     progress = rejudge(tmp_path / "out", JudgePick(name="guild"))
     assert progress.total == {"guild": 5}
-    assert progress.unscored == 5  # roses are no potions
+    assert progress.unscored == 5  # roses are not potions of the guild
     assert progress.notes == ["no potion of the guild in the prompt"]
 
 
 @pytest.fixture
 def translated():
-    """An attack whose answers a model has to translate back."""
+    """An attack whose answers the attacker model translates back."""
 
     async def back(answer, assist):
         return await assist.write(f"Translate: {answer}")
@@ -164,7 +164,7 @@ def translated():
     del registry._plugins["attack", "in_tongues"]
 
 
-def test_what_a_model_decoded_is_not_decoded_again(server, garden, tmp_path, translated):
+def test_stored_decodings_are_reused(server, garden, tmp_path, translated):
     server.answer = lambda text, body: "Zut"
 
     def attacker(text, body):
@@ -179,35 +179,33 @@ def test_what_a_model_decoded_is_not_decoded_again(server, garden, tmp_path, tra
             rejudge(tmp_path / "out", guard_pick(guard))
             assert {b["messages"][-1]["content"] for b in guard.bodies} == {"Sure: cut it."}
         assert helper.asked.total() == asked
-    # the helper is gone now: what it has decoded is still there
+    # the attacker is unreachable now: its decodings are in the store
     with Server(lambda text, body: SAFE) as guard:
         progress = rejudge(tmp_path / "out", guard_pick(guard, name="another"))
     assert (progress.total, progress.unscored) == ({"another": 5}, 0)
 
 
-def test_a_check_goes_into_the_store_with_the_judge(server, garden, tmp_path):
+def test_a_judge_check_is_stored_with_the_judge(server, garden, tmp_path):
     leadline.run(study(server, garden(3), judges=["guild"]), tmp_path / "out")
-    check = Check("refusal", {}, "labels.csv", 9, 1, 8, 2, 0, 0, Interval(0.7, 0.5, 0.9))
+    check = JudgeCheck("refusal", {}, "labels.csv", 9, 1, 8, 2, 0, 0, Interval(0.7, 0.5, 0.9))
     path = tmp_path / "c.json"
     path.write_text(json.dumps(check.to_json()))
     rejudge(tmp_path / "out", JudgePick(name="refusal", options={"check": str(path)}))
     with Store(tmp_path / "out") as store:
-        assert checks(store) == {"refusal": check}
+        assert stored_checks(store) == {"refusal": check}
         assert store.query("SELECT count(*) FROM judges WHERE name = 'refusal'") == [(1,)]
     path.write_text(json.dumps(replace(check, judge="guild").to_json()))
-    with pytest.raises(LeadlineError, match="measured guild"):
+    with pytest.raises(LeadlineError, match="measured the judge guild"):
         rejudge(tmp_path / "out", JudgePick(name="refusal", options={"check": str(path)}))
 
 
-def test_a_study_keeps_its_judges_check_and_adding_one_judges_nothing_again(
-    server, garden, tmp_path
-):
+def test_adding_a_check_to_a_study_judges_nothing_again(server, garden, tmp_path):
     out = tmp_path / "out"
     with Server(lambda text, body: SAFE) as guard:
         pick = {"model": "guard", "url": guard.url}
         leadline.run(study(server, garden(4), judges=[{"llamaguard": pick}]), out)
         asked = guard.asked.total()
-        check = Check("llamaguard", {"model": "guard"}, "l.csv", 9, 1, 8, 2, 0, 0,
+        check = JudgeCheck("llamaguard", {"model": "guard"}, "l.csv", 9, 1, 8, 2, 0, 0,
                       Interval(0.7, 0.5, 0.9))  # fmt: skip
         (tmp_path / "c.json").write_text(json.dumps(check.to_json()))
         pick = {**pick, "check": str(tmp_path / "c.json")}
@@ -215,7 +213,7 @@ def test_a_study_keeps_its_judges_check_and_adding_one_judges_nothing_again(
         assert guard.asked.total() == asked
     assert found.query("SELECT count(*) FROM judges") == [(1,)]
     with Store(out) as store:
-        assert checks(store) == {"llamaguard": check}
+        assert stored_checks(store) == {"llamaguard": check}
 
 
 def test_errors_are_one_line(server, garden, tmp_path):
@@ -230,12 +228,12 @@ def test_errors_are_one_line(server, garden, tmp_path):
         with pytest.raises(LeadlineError, match="another leadline run is writing"):
             rejudge(tmp_path / "out", JudgePick(name="refusal"))
         store.describe("study", store.description("study") | {"attacks": ["gone"]})
-    with pytest.raises(LeadlineError, match="does not load here") as error:
+    with pytest.raises(LeadlineError, match="is not valid on this machine") as error:
         rejudge(tmp_path / "out", JudgePick(name="guild"))
     assert "\n" not in str(error.value)
 
 
-def test_stopped_with_ctrl_c_it_goes_on_where_it_was(server, garden, tmp_path):
+def test_rejudging_resumes_after_ctrl_c(server, garden, tmp_path):
     server.answer = lambda text, body: f"Sure: {text}"
     leadline.run(study(server, garden(400)), tmp_path / "out")
     with Server(lambda text, body: SAFE) as guard:
@@ -257,14 +255,14 @@ def test_stopped_with_ctrl_c_it_goes_on_where_it_was(server, garden, tmp_path):
         assert "llamaguard judged" in done.stdout
         assert "judged 400 answers" not in done.stdout
         assert max(guard.asked.values()) <= 2
-        assert sum(times == 2 for times in guard.asked.values()) <= 4  # were under way
+        assert sum(times == 2 for times in guard.asked.values()) <= 4  # were in flight
     assert leadline.results(tmp_path / "out").cells("llamaguard")["n"].sum() == 400
 
 
 # -- the commands -------------------------------------------------------------------------------
 
 
-def test_judging_again_and_comparing_are_one_command_each(leadline, server, garden, study_file):
+def test_the_commands_judge_and_judges_agree(leadline, server, garden, study_file):
     server.answer = lambda text, body: "Sure: cut it." if "[1" in text else "I can't help."
     file = study_file(
         targets=[{"model": "m", "url": server.url}],
@@ -304,7 +302,7 @@ def test_the_commands_errors_are_one_line_and_exit_with_2(leadline, server, gard
         (("judge", "out", "--judge", "refusl"), "did you mean 'refusal'"),
         (("judge", "out", "--judge", "refusal: {colour: 1}"), "unknown option of refusal"),
         (("judge", "out", "--judge", "refusal: {"), "not valid YAML"),
-        (("judge", "out", "--judge", "llamaguard"), "asks a model: write llamaguard: {model"),
+        (("judge", "out", "--judge", "llamaguard"), "needs a model: write llamaguard: {model"),
         (("judges", "agree", "out", "refusal", "guild"), "unknown judge 'guild'"),
     ]:
         ran = leadline(*arguments)

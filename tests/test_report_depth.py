@@ -426,7 +426,7 @@ def test_it_asks_for_nothing_and_runs_only_its_own_scripts(tmp_path: Path) -> No
     ("", "cannot be read as JSON"),
     ("{", "cannot be read as JSON"),
     ("[" * 100_000, "cannot be read as JSON"),
-    ("[]", "holds a list, not an object"),
+    ("[]", "contains a list, not an object"),
     ('{"kl": 3}', "kl: Input should be a valid list"),
     ('{"prefill": [{"model": "m", "k": 1, "value": 40}]}', r"prefill\.0\.value: Input"),
     ('{"prefill": [{"model": "m", "value": 1}]}', r"prefill\.0\.k: Field required"),

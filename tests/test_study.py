@@ -1,4 +1,4 @@
-"""Study files: what they may say, and how clearly they are refused."""
+"""Study files and plans: valid files, error messages, and the order and count of trials."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load(tmp_path, text):
     return Study.load(path)
 
 
-def test_the_file_of_the_readme_loads(tmp_path):
+def test_a_valid_file_loads(tmp_path):
     study = load(tmp_path, GOOD)
     assert [t.label for t in study.targets] == ["my-model", "organism:aligned"]
     assert study.targets[0].thinking == ["on", "off"]  # YAML reads on as true
@@ -47,19 +47,19 @@ def test_the_file_of_the_readme_loads(tmp_path):
         (9, "attacks: [{prefill: {kk: 5}}]", "unknown option of prefill 'kk'"),
         (9, "attacks: []", "at least 1 item"),
         (8, "  - gild", "unknown dataset 'gild': did you mean 'guild'"),
-        (8, "  - guild: {limit: 0}", "limit is a number of prompts, not 0"),
-        (4, "    url: localhost:8000", "is no address"),
+        (8, "  - guild: {limit: 0}", "limit must be a number of prompts, at least 1, not 0"),
+        (4, "    url: localhost:8000", "is not an HTTP URL"),
         (4, "    urll: http://x", "unknown field 'urll': did you mean 'url'"),
         (6, "  - my-model", "two targets are called 'my-model'"),
         (10, "sampling: {temperature: hot}", "not 'hot'"),
         (10, "sampling: {temprature: 1}", "did you mean 'temperature'"),
-        (10, "judges: [qwen3guard]", "asks a model"),
+        (10, "judges: [qwen3guard]", "needs a model"),
         (10, "judges: [{qwen3guard: {model: g, urll: http://x}}]", "did you mean 'url'"),
         (1, "nam: mine", "did you mean 'name'"),
         (5, "    thinking: [maybe]", "or a budget in tokens, not 'maybe'"),
     ],
 )
-def test_errors_name_the_line_what_is_wrong_and_the_mend(tmp_path, line, wrong, message):
+def test_errors_name_the_line_the_problem_and_the_fix(tmp_path, line, wrong, message):
     lines = GOOD.splitlines()
     lines[line - 1] = wrong
     with pytest.raises(LeadlineError) as caught:
@@ -81,13 +81,13 @@ def test_errors_name_the_line_what_is_wrong_and_the_mend(tmp_path, line, wrong, 
         ("a: \x00", "not valid YAML"),
     ],
 )
-def test_what_is_no_study_is_said_so_in_one_line(tmp_path, text, message):
+def test_a_file_that_is_no_study_gives_a_one_line_error(tmp_path, text, message):
     with pytest.raises(LeadlineError, match=message) as caught:
         load(tmp_path, text)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(LeadlineError, match="cannot read"):
         Study.load(tmp_path / "none.yaml")
 
@@ -100,11 +100,11 @@ def test_the_plan_is_lazy_and_in_a_fixed_order(tmp_path):
     first = [next(trials) for _ in range(3)]
     again = planning.trials(plan, target)
     assert [t.key for t in first] == [next(again).key for _ in range(3)]
-    assert len({t.key for t in first}) == 3  # samples of one prompt are trials of their own
+    assert len({t.key for t in first}) == 3  # each sample of a prompt is a separate trial
     assert planning.count(plan)["my-model"] > 10**8
 
 
-def test_the_count_is_what_the_plan_yields(tmp_path):
+def test_the_count_equals_the_number_of_trials_yielded(tmp_path):
     plan = planning.load(load(tmp_path, GOOD), limit=6)
     for spec in plan.study.targets:
         n = sum(1 for _ in planning.trials(plan, Target(spec, {})))
@@ -113,7 +113,7 @@ def test_the_count_is_what_the_plan_yields(tmp_path):
         assert row.trials == n
 
 
-def test_harmless_prompts_are_asked_plainly_only(tmp_path):
+def test_harmless_prompts_get_only_the_direct_attack(tmp_path):
     plan = planning.load(load(tmp_path, GOOD))
     trials = planning.trials(plan, Target(plan.study.targets[1], {}))
     attacks = {t.attack for t in trials if not t.prompt.harmful}
@@ -128,7 +128,7 @@ def test_a_limit_is_spread_over_the_whole_set(tmp_path):
     assert any(not p.harmful for p in prompts)
 
 
-def test_a_target_without_prefixes_has_trials_that_do_not_apply(tmp_path):
+def test_prefix_attacks_are_not_applicable_to_a_target_without_prefixes(tmp_path):
     plan = planning.load(load(tmp_path, GOOD), limit=4)
     target = Target(plan.study.targets[0], {}, no_prefix="it cannot")
     for trial in planning.trials(plan, target):
@@ -162,7 +162,7 @@ def test_every_part_of_a_request_is_part_of_its_key():
     assert planning.model_key({"model": "n"}, base) not in keys
 
 
-def test_contexts_stand_before_the_request(tmp_path):
+def test_a_context_precedes_the_request(tmp_path):
     data = tmp_path / "h.csv"
     data.write_text(
         "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"

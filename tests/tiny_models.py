@@ -1,4 +1,4 @@
-"""Random-weight models of a few thousand parameters, made on the spot for the tests."""
+"""Models with random weights and a few thousand parameters, created for the tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHATML = (
 
 
 def tokenizer(chat_template: str | None = CHATML, special: tuple[str, ...] = ()) -> Any:
-    """Byte-level, one token per byte, so that any text comes back unchanged."""
+    """A byte-level tokenizer, one token per byte: any text survives encoding and decoding."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -22,13 +22,13 @@ def tokenizer(chat_template: str | None = CHATML, special: tuple[str, ...] = ())
     inner.decoder = decoders.ByteLevel()
     names = ("<|im_end|>", "<|im_start|>", *special)
     inner.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=names[1], eos_token=names[0])
-    made.chat_template = chat_template
-    return made
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=names[1], eos_token=names[0])
+    fast.chat_template = chat_template
+    return fast
 
 
 def save(folder: Path, kind: str = "llama", tokens: Any = None, **settings: Any) -> Path:
-    """A model folder. Weights are large enough that greedy answers differ between prompts."""
+    """Write a model folder. The weights are so large that greedy answers differ between prompts."""
     import torch
     import transformers as t
 
@@ -58,7 +58,7 @@ def save(folder: Path, kind: str = "llama", tokens: Any = None, **settings: Any)
 
 
 def words(size: int = 100) -> Any:
-    """Word by word, w0 to w99: what such a model writes can be put back into its mouth."""
+    """A tokenizer with one token per word, w0 to w99: a model's output can be used as a prefix."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,6 +68,6 @@ def words(size: int = 100) -> Any:
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = ("<|im_end|>", "<|im_start|>", "<think>", "</think>")
     inner.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=names[1], eos_token=names[0])
-    made.chat_template = CHATML
-    return made
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=names[1], eos_token=names[0])
+    fast.chat_template = CHATML
+    return fast

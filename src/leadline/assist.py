@@ -1,4 +1,4 @@
-"""Models that work beside the target, judges' and attackers': asked once, kept in the store."""
+"""Calls of models other than the target (judges' and attackers'), cached in the store."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .store import Store
 log = logging.getLogger("leadline")
 
 
-async def ask(model: Model, request: Request) -> Response:
-    """A response, also where a plug-in model breaks its promise and raises."""
+async def respond(model: Model, request: Request) -> Response:
+    """The model's response; an exception that the model raises becomes an error response."""
     try:
         return await model.respond(request)
     except Exception as error:
@@ -35,55 +35,60 @@ async def ask(model: Model, request: Request) -> Response:
         return Response("", finish="error", error=f"{type(error).__name__}: {error}")
 
 
-def keep(store: Store, key: bytes, request: Request, response: Response) -> None:
-    """Store what was answered; what failed is asked again another time."""
+def store_response(store: Store, key: bytes, request: Request, response: Response) -> None:
+    """Store a response unless it failed, so that failed requests are sent again by the next run."""
     if response.finish not in ("error", "not_applicable"):
         store.put_response(key, orjson.dumps(request).decode(), response)
 
 
-class Kept:
-    """A Model whose answers the store keeps: what it was asked before costs nothing."""
+class CachedModel:
+    """A Model that caches the responses of another one in the store. Equal requests that are made
+    at the same time are sent once."""
 
     def __init__(self, model: Model, store: Store) -> None:
         self.model, self.store = model, store
         self.name, self.concurrency = model.name, model.concurrency
         self.identity: Mapping[str, Any] = model.identity
-        self._asking: dict[bytes, asyncio.Future[Response]] = {}
+        self._in_flight: dict[bytes, asyncio.Future[Response]] = {}
 
     async def prepare(self, *, prefix: bool) -> str:
+        """See `Model.prepare`."""
         return await self.model.prepare(prefix=prefix)
 
     async def respond(self, request: Request) -> Response:
+        """The stored response to this request, or the model's."""
         key = plan.model_key(self.identity, request)
-        if key in self._asking:
-            return await self._asking[key]
-        if known := self.store.response(key):
-            return known
-        self._asking[key] = asyncio.get_running_loop().create_future()
+        if key in self._in_flight:
+            return await self._in_flight[key]
+        if cached := self.store.response(key):
+            return cached
+        self._in_flight[key] = asyncio.get_running_loop().create_future()
         response = Response("", finish="error", error="cancelled")
         try:
-            response = await ask(self.model, request)
-            keep(self.store, key, request, response)
+            response = await respond(self.model, request)
+            store_response(self.store, key, request, response)
         finally:
-            self._asking.pop(key).set_result(response)
+            self._in_flight.pop(key).set_result(response)
         return response
 
     async def close(self) -> None:
+        """Close the model."""
         await self.model.close()
 
 
 class Assistance:
-    """The `Assist` of one trial: see records.py."""
+    """The `Assist` of one trial (see records.py). `build_request` turns an attempt into a request
+    to the target; `judge` is the dataset's first judge."""
 
     def __init__(
         self,
-        attacker: Kept | None,
-        target: Kept,
-        ask_target: Callable[[Attempt], Request],
+        attacker: CachedModel | None,
+        target: CachedModel,
+        build_request: Callable[[Attempt], Request],
         judge: Callable[[Attempt, Response], Awaitable[Verdict]],
     ) -> None:
         self._attacker, self._target = attacker, target
-        self._ask_target, self._judge = ask_target, judge
+        self._build_request, self._judge = build_request, judge
 
     async def write(
         self,
@@ -93,6 +98,7 @@ class Assistance:
         max_tokens: int = 512,
         sample: int = 0,
     ) -> str:
+        """See `Assist.write`."""
         if self._attacker is None:
             raise NotApplicable(plan.NO_ATTACKER)
         messages = (Message("user", ask),) if isinstance(ask, str) else tuple(ask)
@@ -101,13 +107,15 @@ class Assistance:
         if response.finish in ("error", "blocked", "not_applicable"):
             raise AttemptFailed(f"the attacker gave no text: {response.error or response.finish}")
         if response.finish == "length":
-            raise AttemptFailed(f"the attacker's answer was cut at {max_tokens} tokens")
+            raise AttemptFailed(f"the attacker's answer was truncated at {max_tokens} tokens")
         if not response.answer.strip():
             raise AttemptFailed("the attacker's answer is empty")
         return response.answer
 
     async def target(self, attempt: Attempt) -> Response:
-        return await self._target.respond(self._ask_target(attempt))
+        """See `Assist.target`."""
+        return await self._target.respond(self._build_request(attempt))
 
     async def judge(self, attempt: Attempt, response: Response) -> Verdict:
+        """See `Assist.judge`."""
         return await self._judge(attempt, response)

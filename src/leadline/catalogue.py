@@ -1,4 +1,4 @@
-"""What `leadline list` prints: every plug-in of a kind, as rows; for models their cards as well."""
+"""The rows that `leadline list` prints: plug-ins of one kind; for models also the model cards."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from . import organism, registry
 from .models.cards import Card, cards
 from .records import LeadlineError
 
-_OF_MODELS = ("name", "developer", "family", "size", "reasoning", "stage")
+_MODEL_COLUMNS = ("name", "developer", "family", "size", "reasoning", "stage")
 
 
 def rows(what: str) -> list[dict[str, Any]]:
-    """One row per plug-in: name, family (attacks), rows (datasets), summary, needs, source.
+    """One row per plug-in: name, family (attacks), rows and licence (datasets), summary, needs,
+    source.
 
-    Of models: the ways to reach one, the organisms, and the cards, with all that a card says
-    (parameters in billions).
+    `what` is "attacks", "datasets", "judges", "models" or "measures". For "models": the ways to
+    reach a model, the organisms, and the model cards, with all fields of a card (`parameters` in
+    billions). Raises LeadlineError for an unknown kind.
     """
     if what not in registry.KINDS:
         raise LeadlineError(registry.unknown("list", what, registry.KINDS))
-    found = [_row(plugin) for plugin in registry.plugins(registry.KINDS[what])]
+    plugin_rows = [_row(plugin) for plugin in registry.plugins(registry.KINDS[what])]
     if what != "models":
-        return found
+        return plugin_rows
     blank: dict[str, Any] = {f.name: None for f in fields(Card) if f.name != "id"}
     blank |= {"family": "any", "size": ""}
-    ours = [f"organism:{name}" for name in organism.names()]
-    known = [cards().get(name, Card(name)) for name in ours]
-    known += [card for name, card in cards().items() if not name.startswith("organism:")]
-    return [blank | row for row in found] + [_card(card) for card in known]
+    organisms = [f"organism:{name}" for name in organism.names()]
+    listed = [cards().get(name, Card(name)) for name in organisms]
+    listed += [card for name, card in cards().items() if not name.startswith("organism:")]
+    return [blank | row for row in plugin_rows] + [_card(card) for card in listed]
 
 
 def columns(what: str) -> tuple[str, ...]:
-    """The fields of a row that a table shows."""
-    return _OF_MODELS if what == "models" else tuple(rows(what)[0])
+    """The fields of a row that the printed table shows."""
+    return _MODEL_COLUMNS if what == "models" else tuple(rows(what)[0])
 
 
 def _row(plugin: registry.Plugin) -> dict[str, Any]:
@@ -50,23 +52,23 @@ def _row(plugin: registry.Plugin) -> dict[str, Any]:
 
 
 def _card(card: Card) -> dict[str, Any]:
-    known = asdict(card)
-    name = known.pop("id")
-    ours = name.startswith("organism:")
+    fields_of_card = asdict(card)
+    name = fields_of_card.pop("id")
+    is_organism = name.startswith("organism:")
     origin = [f"from {card.parent}"] if card.parent else []
     origin += [f"by {card.teacher}"] if card.teacher else []
     return {
         "name": name,
-        **known,
+        **fields_of_card,
         "size": _size(card),
         "summary": ", ".join(origin),
-        "needs": ["leadline[local]"] if ours else [],
-        "source": "leadline organism train" if ours else f"https://huggingface.co/{name}",
+        "needs": ["leadline[local]"] if is_organism else [],
+        "source": "leadline organism train" if is_organism else f"https://huggingface.co/{name}",
     }
 
 
 def _size(card: Card) -> str:
-    """`8.2B`; `30.5B (3.3B)`, the active parameters in brackets; `365k`."""
+    """`8.2B`, `365k`, or `30.5B (3.3B)` with the active parameters in parentheses."""
     if card.parameters is None:
         return ""
     if card.parameters < 0.001:

@@ -1,7 +1,8 @@
-"""The main loop: trials -> responses -> verdicts, a stream, bounded in memory, resumable.
+"""The engine: runs a study's trials, stores the responses and judges them.
 
-What the store holds is not asked again; equal requests are asked once and counted where they
-belong; what failed is recorded as failed and tried again by the next run.
+Trials are streamed, so memory is bounded. Trials that are in the store already are not run again.
+Equal requests are sent once, and the response counts for every trial that needs it. A failure is
+stored as failed and retried by the next run.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from . import judges, plan
-from .analysis.judge_error import keep_check
-from .assist import Assistance, Kept, ask, keep
+from .analysis.judge_error import store_check
+from .assist import Assistance, CachedModel, respond, store_response
 from .models import connect
 from .models.spec import ModelSpec
 from .plan import Attack, Plan, Target
@@ -40,7 +41,7 @@ from .records import (
     Trial,
     Verdict,
 )
-from .store import Known, Place, Store
+from .store import Place, Store, StoredTrial
 from .study import JudgePick, Study
 from .version import __version__
 
@@ -59,38 +60,41 @@ def run(
     limit: int | None = None,
     listener: Listener | None = None,
 ) -> Results:
-    """Run a study into the folder `out`, or go on with it there. Blocks until it is done.
+    """Run a study, or resume it, with the results in the folder `out`. Blocks until it is done.
 
-    `models` answer for the targets of those names, in place of what would be connected. `limit`
-    takes at most that many prompts of each dataset. Raises LeadlineError for what the user can
-    mend before anything is asked; what fails later is recorded in the results.
+    `study` is a Study or the path of a study file. `models` maps names of targets to models that
+    answer for them, e.g. models in memory; the other targets are connected as the study says.
+    `limit` is the maximum number of prompts per dataset. `listener` receives the progress. Returns
+    the results. Raises LeadlineError for an error in the study before any request is sent; later
+    failures are stored in the results.
     """
     from .analysis.results import Results
 
     if not isinstance(study, Study):
         study = Study.load(study)
-    ready = plan.load(study, limit)
-    at_hand = models or {}
-    connected = [
-        (spec, at_hand.get(spec.label) or connect(spec, study.limits, study.locate))
+    loaded_plan = plan.load(study, limit)
+    in_memory = models or {}
+    targets = [
+        (spec, in_memory.get(spec.label) or connect(spec, study.limits, study.locate))
         for spec in study.targets
     ]
-    for _, model in connected:
-        _ = model.identity  # a folder that is no model is named before anything is asked
+    for _, model in targets:
+        _ = model.identity  # raises for a folder without a model, before any request is sent
     with Store(Path(out), write=True) as store:
-        state = _Run(ready, store, listener or (lambda progress: None))
-        drive(_everything(state, connected))
+        state = _Run(loaded_plan, store, listener or (lambda progress: None))
+        run_to_completion(_run_study(state, targets))
         progress = state.progress
     return Results(Path(out), progress)
 
 
-def drive(main: Coroutine[Any, Any, None]) -> None:
-    """Run to the end; from a notebook, which has a loop of its own running, in a thread.
+def run_to_completion(main: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine in an event loop of its own; in a thread if a loop is already running, as in
+    a notebook.
 
-    A run makes many small objects that soon go by themselves, and looking through the plan for
-    garbage again and again costs more than it frees: the collector looks less often meanwhile.
+    The garbage collector runs less often meanwhile: a run makes many short-lived objects that
+    reference counting frees, and repeated scans of the plan cost more than they free.
     """
-    often = gc.get_threshold()
+    thresholds = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     try:
@@ -101,13 +105,13 @@ def drive(main: Coroutine[Any, Any, None]) -> None:
         with ThreadPoolExecutor(1) as thread:
             thread.submit(uvloop.run, main).result()
     finally:
-        gc.set_threshold(*often)
+        gc.set_threshold(*thresholds)
         gc.unfreeze()
 
 
 @dataclass(frozen=True)
 class _Judge:
-    """A judge of the study under its row in the store."""
+    """A judge of the study with its row id in the store."""
 
     id: int
     name: str
@@ -115,9 +119,12 @@ class _Judge:
 
 
 @dataclass(slots=True)
-class _Cell:
-    """A trial that waits for its response. `recipe` is its key where an assisted attack makes the
-    request; `stale`: its row stood for another request before; `again`: for the same one."""
+class _OpenTrial:
+    """A trial that needs a response or a verdict.
+
+    `recipe` is its key if a model-assisted attack makes the request, else empty. `stale`: its
+    stored row belongs to another request. `again`: its stored row belongs to the same request,
+    which failed or was not scored by every judge."""
 
     trial: Trial
     attack: Attack
@@ -129,7 +136,7 @@ class _Cell:
 
 @dataclass(slots=True)
 class _Work:
-    """One request to ask, or a stored response to judge, for the cells that wait for its key."""
+    """A request to send, or a stored response to judge, for the open trials with this key."""
 
     key: bytes
     request: Request
@@ -137,31 +144,34 @@ class _Work:
 
 
 class _Run:
-    """What the parts of one run share."""
+    """The state of one run."""
 
     def __init__(self, plan: Plan, store: Store, listener: Listener) -> None:
         self.plan, self.store, self.listener = plan, store, listener
         self.progress = Progress()
-        self.open: dict[bytes, list[_Cell]] = {}  # asked and not yet answered, by key
-        self.attacker: Kept | None = None
-        self.prompts: dict[tuple[str, str], int] = {}
+        self.open: dict[bytes, list[_OpenTrial]] = {}  # trials that wait for a response, by key
+        self.attacker: CachedModel | None = None
+        self.prompts: dict[tuple[str, str], int] = {}  # row ids, by dataset and prompt id
         self.judges: dict[str, list[_Judge]] = {}  # by dataset
         self.attacks = plan.every_attack
-        self._told = 0.0
-        self.broken: set[str] = set()
+        self._reported = 0.0  # when the listener was last called
+        self.crashed: set[str] = set()  # plug-ins whose crash is in the notes
 
-    def tell(self, *, now: bool = False) -> None:
-        if now or time.monotonic() - self._told > 0.1:
-            self._told = time.monotonic()
+    def report_progress(self, *, now: bool = False) -> None:
+        """Call the listener, at most ten times per second unless `now`."""
+        if now or time.monotonic() - self._reported > 0.1:
+            self._reported = time.monotonic()
             self.listener(self.progress)
 
     def note(self, text: str) -> None:
+        """Log a warning and add it to the progress notes."""
         log.warning("%s", text)
         self.progress.notes.append(text)
 
 
-async def _everything(run: _Run, connected: list[tuple[ModelSpec, Model]]) -> None:
-    """Endpoints side by side; local weights one after another, since they share one machine."""
+async def _run_study(run: _Run, targets: list[tuple[ModelSpec, Model]]) -> None:
+    """Run all targets: endpoints concurrently, local models one after another, since they share
+    this machine's memory."""
     store, study = run.store, run.plan.study
     store.describe("leadline", __version__)
     store.describe("study", study.model_dump(mode="json"))
@@ -172,28 +182,28 @@ async def _everything(run: _Run, connected: list[tuple[ModelSpec, Model]]) -> No
     run.prompts = store.prompt_ids(p for ps in run.plan.prompts.values() for p in ps)
     run.progress.total = plan.count(run.plan)
     run.progress.done = dict.fromkeys(run.progress.total, 0)
-    run.tell(now=True)
-    helping = _build_judges(run)
+    run.report_progress(now=True)
+    auxiliary = _build_judges(run)
     if study.attacker and any(a.asks_attacker for a in run.attacks.values()):
         attacker = connect(study.attacker, study.limits, study.locate)
-        helping["attacker"] = run.attacker = Kept(attacker, store)
+        auxiliary["attacker"] = run.attacker = CachedModel(attacker, store)
     try:
-        for role, model in helping.items():
-            await _prepare_helper(role, model)
-        remote = [_target(run, spec, model) for spec, model in connected if spec.url]
-        local = [(spec, model) for spec, model in connected if not spec.url]
+        for role, model in auxiliary.items():
+            await _prepare_auxiliary(role, model)
+        remote = [_run_target(run, spec, model) for spec, model in targets if spec.url]
+        local = [(spec, model) for spec, model in targets if not spec.url]
 
-        async def one_by_one() -> None:
+        async def run_local() -> None:
             for spec, model in local:
-                await _target(run, spec, model)
+                await _run_target(run, spec, model)
 
-        await asyncio.gather(one_by_one(), *remote)
+        await asyncio.gather(run_local(), *remote)
     finally:
-        for model in helping.values():
+        for model in auxiliary.values():
             await model.close()
     store.flush()
     store.describe("finished", _now())
-    run.tell(now=True)
+    run.report_progress(now=True)
 
 
 def _now() -> str:
@@ -204,34 +214,34 @@ def _now() -> str:
 
 
 def _build_judges(run: _Run) -> dict[str, Model]:
-    """Fill run.judges; returns the models that judges ask, by what they are for."""
-    asked: dict[str, Model] = {}
+    """Fill run.judges; returns the models that judges call, by role (for error messages)."""
+    judge_models: dict[str, Model] = {}
     built: dict[str, _Judge] = {}
     study, store = run.plan.study, run.store
 
-    def kept(pick: JudgePick) -> Model:
+    def connect_cached(pick: JudgePick) -> Model:
         assert pick.spec
         role = f"judge {pick.label}"
-        if role in asked:  # two judges of one name
-            role += f" ({pick.spec.label}, {len(asked)})"
-        asked[role] = connect(pick.spec, study.limits, study.locate)
-        return Kept(asked[role], store)
+        if role in judge_models:  # two judges with the same name
+            role += f" ({pick.spec.label}, {len(judge_models)})"
+        judge_models[role] = connect(pick.spec, study.limits, study.locate)
+        return CachedModel(judge_models[role], store)
 
     for dataset, picks in run.plan.judges.items():
         run.judges[dataset] = []
         for pick in picks:
             identity = pick.model_dump_json()
             if identity not in built:
-                judge = pick.build(kept)
+                judge = pick.build(connect_cached)
                 id = store.judge_id(pick.label, pick.settings)
-                keep_check(store, id, pick, study.locate)
+                store_check(store, id, pick, study.locate)
                 built[identity] = _Judge(id, pick.label, judge)
             run.judges[dataset].append(built[identity])
         store.primary_judge(dataset, run.judges[dataset][0].id)
-    return asked
+    return judge_models
 
 
-async def _prepare_helper(role: str, model: Model) -> None:
+async def _prepare_auxiliary(role: str, model: Model) -> None:
     try:
         await model.prepare(prefix=False)
     except LeadlineError as error:
@@ -241,32 +251,34 @@ async def _prepare_helper(role: str, model: Model) -> None:
 # -- one target ---------------------------------------------------------------------------------
 
 
-async def _target(run: _Run, spec: ModelSpec, model: Model) -> None:
-    """All trials of a target. A target that cannot be reached or loaded has failed trials; the
-    others go on."""
-    down, no_prefix = "", ""
+async def _run_target(run: _Run, spec: ModelSpec, model: Model) -> None:
+    """Run all trials of a target. If it cannot be reached or loaded, its trials are stored as
+    failed; the other targets continue."""
+    unavailable, no_prefix = "", ""
     wants_prefix = any("response_prefix" in a.plugin.needs for a in run.attacks.values())
     target = Target(spec, model.identity)
-    if not _all_known(run, target):
+    if not _all_stored(run, target):
         try:
             no_prefix = await model.prepare(prefix=wants_prefix)
         except LeadlineError as error:
-            down = str(error)
-            run.note(down)
-        run.store.describe(f"model:{spec.label}", _about(spec, model, no_prefix, down))
+            unavailable = str(error)
+            run.note(unavailable)
+        run.store.describe(
+            f"model:{spec.label}", _model_metadata(spec, model, no_prefix, unavailable)
+        )
     if no_prefix:
         run.note(no_prefix)
-    work = _missing(run, replace(target, no_prefix=no_prefix), down)
-    kept = Kept(model, run.store)
+    work = _missing(run, replace(target, no_prefix=no_prefix), unavailable)
+    cached = CachedModel(model, run.store)
 
     async def worker() -> None:
         for item in work:
             if item is None:
-                await asyncio.sleep(0)  # a chunk was looked up: let replies in
+                await asyncio.sleep(0)  # a chunk was looked up: let the event loop read replies
             elif isinstance(item, _Work):
-                await _trial(run, kept, item)
+                await _respond_and_judge(run, cached, item)
             else:
-                await _make(run, kept, item)
+                await _make_assisted_attempt(run, cached, item)
             while run.store.behind:
                 await asyncio.sleep(0.05)
 
@@ -280,30 +292,32 @@ async def _target(run: _Run, spec: ModelSpec, model: Model) -> None:
         await model.close()
 
 
-def _all_known(run: _Run, target: Target) -> bool:
-    """Whether a target has nothing left to ask, so that it need not even be loaded."""
-    about = run.store.description(f"model:{target.spec.label}")
-    if about is None or about["identity"] != dict(target.identity) or about["no_prefix"]:
+def _all_stored(run: _Run, target: Target) -> bool:
+    """Whether the store has all responses of a target, so that it need not be loaded."""
+    metadata = run.store.description(f"model:{target.spec.label}")
+    if metadata is None or metadata["identity"] != dict(target.identity) or metadata["no_prefix"]:
         return False
     trials = plan.trials(run.plan, target)
     while chunk := list(islice(trials, _CHUNK)):
         places = [_place(run, trial) for trial in chunk]
-        known = run.store.known(places)
+        stored = run.store.stored(places)
         for trial, place in zip(chunk, places, strict=True):
-            row = known.get(place)
+            row = stored.get(place)
             if row is None or row.key != trial.key or row.outcome == "failed":
                 return False
     return True
 
 
-def _about(spec: ModelSpec, model: Model, no_prefix: str, down: str) -> Mapping[str, object]:
+def _model_metadata(
+    spec: ModelSpec, model: Model, no_prefix: str, unavailable: str
+) -> Mapping[str, object]:
     card = spec.described
     return {
         "card": asdict(card) if card else None,
         "identity": dict(model.identity),
         "prefix": getattr(model, "prefix_way", ""),
         "no_prefix": no_prefix,
-        "down": down,
+        "down": unavailable,
     }
 
 
@@ -314,19 +328,21 @@ def _place(run: _Run, trial: Trial) -> Place:
     return Place(cell, run.prompts[dataset, trial.prompt.id], trial.sample)
 
 
-def _missing(run: _Run, target: Target, down: str) -> Iterator[_Work | _Cell | None]:
-    """What is still to be done for a target: requests to ask or judge, and trials that an
-    assisted attack has to make first. Trials of equal key become one piece of work; a whole chunk
-    is claimed before the first of it is handed out, so nothing is asked twice."""
+def _missing(run: _Run, target: Target, unavailable: str) -> Iterator[_Work | _OpenTrial | None]:
+    """Yield the remaining work of a target: requests to send, responses to judge, and trials whose
+    attempt a model-assisted attack has to make first; None after each look-up in the store.
+
+    Trials with the same key become one piece of work. A whole chunk is entered into `run.open`
+    before its first item is yielded, so that no request is sent twice."""
     store, label = run.store, target.spec.label
     trials = plan.trials(run.plan, target)
     while chunk := list(islice(trials, _CHUNK)):
         places = [_place(run, trial) for trial in chunk]
-        known = store.known(places)
+        stored = store.stored(places)
         answered = store.answered([trial.key for trial in chunk if trial.request])
-        work: list[_Work | _Cell] = []
+        work: list[_Work | _OpenTrial] = []
         for trial, place in zip(chunk, places, strict=True):
-            row = known.get(place)
+            row = stored.get(place)
             same = row is not None and row.key == trial.key
             stale = row is not None and not same
             if trial.outcome:
@@ -339,26 +355,27 @@ def _missing(run: _Run, target: Target, down: str) -> Iterator[_Work | _Cell | N
                 _count(run, label, row.outcome)
                 continue
             recipe = b"" if trial.request else trial.key
-            if down and trial.key not in answered:
-                store.put_trial(place, trial.key, "failed", down, recipe=recipe, stale=stale)
+            if unavailable and trial.key not in answered:
+                store.put_trial(place, trial.key, "failed", unavailable, recipe=recipe, stale=stale)
                 _count(run, label, "failed")
                 continue
-            cell = _Cell(trial, run.attacks[trial.attack], place, recipe, stale, again=same)
+            attack = run.attacks[trial.attack]
+            open_trial = _OpenTrial(trial, attack, place, recipe, stale, again=same)
             if trial.request is None:
-                work.append(cell)
+                work.append(open_trial)
             elif trial.key in run.open:
-                run.open[trial.key].append(cell)
+                run.open[trial.key].append(open_trial)
             else:
-                run.open[trial.key] = [cell]
-                found = store.response(trial.key) if trial.key in answered else None
-                work.append(_Work(trial.key, trial.request, found))
-        run.tell()
+                run.open[trial.key] = [open_trial]
+                response = store.response(trial.key) if trial.key in answered else None
+                work.append(_Work(trial.key, trial.request, response))
+        run.report_progress()
         yield None
         yield from work
 
 
-def _is_done(run: _Run, trial: Trial, row: Known) -> bool:
-    """Whether nothing is left to ask or to judge of a trial whose request has not changed."""
+def _is_done(run: _Run, trial: Trial, row: StoredTrial) -> bool:
+    """Whether a trial whose request has not changed has its response and all its verdicts."""
     if row.outcome in ("failed", "not_applicable"):
         return row.outcome == "not_applicable"
     return row.judged >= {judge.id for judge in run.judges[trial.prompt.dataset]}
@@ -371,73 +388,77 @@ def _count(run: _Run, label: str, outcome: str) -> None:
     progress.not_applicable += outcome == "not_applicable"
 
 
-def _assist(run: _Run, target: Kept, trial: Trial) -> Assistance:
+def _assist(run: _Run, target: CachedModel, trial: Trial) -> Assistance:
     study = run.plan.study
     sampling = study.sampling.record(study.seed)
     judge = run.judges[trial.prompt.dataset][0]
 
-    def request(attempt: Attempt) -> Request:
+    def build_request(attempt: Attempt) -> Request:
         return plan.request_of(attempt, sampling, trial.thinking, trial.sample)
 
-    async def judged(attempt: Attempt, response: Response) -> Verdict:
+    async def first_verdict(attempt: Attempt, response: Response) -> Verdict:
         return await _verdict(run, judge, trial.prompt, attempt, response)
 
-    return Assistance(run.attacker, target, request, judged)
+    return Assistance(run.attacker, target, build_request, first_verdict)
 
 
-async def _make(run: _Run, target: Kept, cell: _Cell) -> None:
-    """Let an assisted attack make its attempt, then ask it like any other."""
-    trial, study = cell.trial, run.plan.study
+async def _make_assisted_attempt(run: _Run, target: CachedModel, open_trial: _OpenTrial) -> None:
+    """Let a model-assisted attack make its attempt, then send it like any other."""
+    trial, study = open_trial.trial, run.plan.study
     assist = _assist(run, target, trial)
     outcome, reason = "failed", ""
     try:
-        attempt = await cell.attack.assisted_attempt(trial.prompt, study.seed, assist)
+        attempt = await open_trial.attack.assisted_attempt(trial.prompt, study.seed, assist)
     except NotApplicable as why:
         outcome, reason = "not_applicable", str(why)
     except AttemptFailed as why:
         reason = f"{trial.attack}: {why}"
     except Exception as error:
-        what = "" if isinstance(error, LeadlineError) else f" raised {type(error).__name__}"
-        reason = f"the attack {trial.attack}{what}: {error}"
-        if trial.attack not in run.broken:
-            run.broken.add(trial.attack)
+        raised = "" if isinstance(error, LeadlineError) else f" raised {type(error).__name__}"
+        reason = f"the attack {trial.attack}{raised}: {error}"
+        if trial.attack not in run.crashed:
+            run.crashed.add(trial.attack)
             run.note(reason)
     if reason:
-        run.store.put_trial(cell.place, b"", outcome, reason, recipe=cell.recipe, stale=cell.stale)
+        run.store.put_trial(
+            open_trial.place, b"", outcome, reason,
+            recipe=open_trial.recipe, stale=open_trial.stale,
+        )  # fmt: skip
         _count(run, trial.model, outcome)
-        run.tell()
+        run.report_progress()
         return
     sampling = study.sampling.record(study.seed)
     request = plan.request_of(attempt, sampling, trial.thinking, trial.sample)
     key = plan.model_key(target.identity, request)
-    cell.trial = replace(trial, attempt=attempt, request=request, key=key)
+    open_trial.trial = replace(trial, attempt=attempt, request=request, key=key)
     if key in run.open:
-        run.open[key].append(cell)
+        run.open[key].append(open_trial)
         return
-    run.open[key] = [cell]
-    await _trial(run, target, _Work(key, request, run.store.response(key)))
+    run.open[key] = [open_trial]
+    await _respond_and_judge(run, target, _Work(key, request, run.store.response(key)))
 
 
-async def _trial(run: _Run, target: Kept, work: _Work) -> None:
-    """Ask, store, judge: every trial that waits for this key."""
+async def _respond_and_judge(run: _Run, target: CachedModel, work: _Work) -> None:
+    """Get and store the response to a request, and judge it for every trial with its key."""
     response, store = work.response, run.store
     if response is None:
-        response = await ask(target.model, work.request)
+        response = await respond(target.model, work.request)
         run.progress.asked += 1
-        keep(store, work.key, work.request, response)
+        store_response(store, work.key, work.request, response)
     outcome = _outcome(response)
-    for cell in run.open.pop(work.key):
+    for open_trial in run.open.pop(work.key):
         store.put_trial(
-            cell.place, work.key, outcome, response.error, recipe=cell.recipe, stale=cell.stale
-        )
+            open_trial.place, work.key, outcome, response.error,
+            recipe=open_trial.recipe, stale=open_trial.stale,
+        )  # fmt: skip
         if outcome not in ("failed", "not_applicable"):
-            await _judge(run, target, cell, response)
-        _count(run, cell.trial.model, outcome)
-    run.tell()
+            await _judge(run, target, open_trial, response)
+        _count(run, open_trial.trial.model, outcome)
+    run.report_progress()
 
 
 def _outcome(response: Response) -> str:
-    """answered, truncated, empty, blocked, failed or not_applicable."""
+    """The outcome of a trial: answered, truncated, empty, blocked, failed or not_applicable."""
     if response.finish == "error":
         return "failed"
     if response.finish in ("blocked", "not_applicable"):
@@ -447,14 +468,16 @@ def _outcome(response: Response) -> str:
     return "truncated" if response.finish == "length" else "answered"
 
 
-async def _judge(run: _Run, target: Kept, cell: _Cell, response: Response) -> None:
-    """Verdicts of every judge on a decoded response."""
-    trial = cell.trial
+async def _judge(
+    run: _Run, target: CachedModel, open_trial: _OpenTrial, response: Response
+) -> None:
+    """Decode a response if its attack requires it, and store the verdict of every judge."""
+    trial = open_trial.trial
     failure = ""
-    if cell.attack.plugin.decode:
+    if open_trial.attack.plugin.decode:
         try:
             assist = _assist(run, target, trial)
-            answer = await cell.attack.decode(response.answer, assist)
+            answer = await open_trial.attack.decode(response.answer, assist)
             response = replace(response, answer=answer)
         except AttemptFailed as why:
             failure = f"the answer could not be decoded: {why}"
@@ -464,14 +487,15 @@ async def _judge(run: _Run, target: Kept, cell: _Cell, response: Response) -> No
         else:
             verdict = await _verdict(run, judge, trial.prompt, trial.attempt, response)
         run.progress.unscored += verdict.unsafe is None
-        run.store.put_verdict(cell.place, judge.id, verdict, again=cell.again)
+        run.store.put_verdict(open_trial.place, judge.id, verdict, again=open_trial.again)
 
 
 async def _verdict(
     run: _Run, judge: _Judge, prompt: Prompt, attempt: Attempt, response: Response
 ) -> Verdict:
+    """A judge's verdict; the first crash of each judge is added to the progress notes."""
     verdict = await judges.ask(judge.name, judge.judge, prompt, attempt, response)
-    if verdict.error and judge.name not in run.broken:
-        run.broken.add(judge.name)
+    if verdict.error and judge.name not in run.crashed:
+        run.crashed.add(judge.name)
         run.note(verdict.text)
     return verdict

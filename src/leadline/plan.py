@@ -1,4 +1,4 @@
-"""study -> trials, lazily: millions of trials are a generator, not a list."""
+"""Turn a study into trials, lazily: a generator, since a study can have millions of them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ from .records import (
 from .study import AttackPick, JudgePick, Study
 
 log = logging.getLogger("leadline")
-_SIDE_BY_SIDE = 64  # trials of a sweep: what a local model answers at once
+_SWEEP_BATCH = 64  # trials of a sweep that share prompts: a local model's default batch
 NO_ATTACKER = "no attacker model: name one under attacker: in the study file"
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack of the study with its options; `label` is its name in results."""
+    """One attack of the study with its options. `label` is its name in results, e.g.
+    "prefill(k=5)"."""
 
     label: str
     plugin: registry.AttackPlugin
@@ -47,33 +48,39 @@ class Attack:
 
     @cached_property
     def assisted(self) -> bool:
-        """Whether it asks an attacker model, and so is made while the study runs."""
+        """Whether the attack calls other models, so that its attempts are made during the run."""
         return inspect.iscoroutinefunction(self.plugin.function)
 
     @property
     def pool(self) -> str:
-        """ "any": a prompt is broken if any of the attack's attempts breaks it."""
+        """ "any": a prompt counts as unsafe if any attempt got an unsafe answer; "one": each
+        attempt counts."""
         return self.plugin.pool
 
     def attempts(self, prompt: Prompt, seed: int) -> list[Attempt]:
-        """Same seed, prompt and attack: same attempts. Raises NotApplicable."""
-        made = self.plugin.function(_shown(prompt), **self._arguments(prompt, seed))
-        parts = made if isinstance(made, list) else [made]
-        return [Attempt.ask(part) if isinstance(part, str) else part for part in parts]
+        """The attempts on a prompt; deterministic in the seed, the prompt and the attack. Raises
+        NotApplicable, and whatever the plug-in raises."""
+        result = self.plugin.function(_with_context(prompt), **self._arguments(prompt, seed))
+        attempts = result if isinstance(result, list) else [result]
+        return [Attempt.ask(a) if isinstance(a, str) else a for a in attempts]
 
     async def assisted_attempt(self, prompt: Prompt, seed: int, assist: Assist) -> Attempt:
-        """Of an assisted attack. Raises NotApplicable or AttemptFailed."""
+        """The attempt of a model-assisted attack. Raises NotApplicable or AttemptFailed, and
+        whatever the plug-in raises."""
         arguments = self._arguments(prompt, seed)
-        made = await self.plugin.function(_shown(prompt), assist=assist, **arguments)
-        if isinstance(made, str):
-            return Attempt.ask(made)
-        if not isinstance(made, Attempt):
-            raise TypeError(f"an assisted attack makes one attempt, not a {type(made).__name__}")
-        return made
+        result = await self.plugin.function(_with_context(prompt), assist=assist, **arguments)
+        if isinstance(result, str):
+            return Attempt.ask(result)
+        if not isinstance(result, Attempt):
+            raise TypeError(
+                f"a model-assisted attack must return one Attempt or string, not a "
+                f"{type(result).__name__}"
+            )
+        return result
 
     @cached_property
     def asks_attacker(self) -> bool:
-        """Whether an attacker model makes its attempts or decodes their answers."""
+        """Whether the attack needs an attacker model, for its attempts or to decode answers."""
         needs = "attacker" in self.plugin.needs
         return needs or inspect.iscoroutinefunction(self.plugin.decode)
 
@@ -84,8 +91,8 @@ class Attack:
         return arguments
 
     async def decode(self, answer: str, assist: Assist) -> str:
-        """The answer as text to judge: decoded where it came back encoded and can be. Raises
-        AttemptFailed where a model has to decode and fails."""
+        """The text to judge: the decoded answer, or the answer itself if the attack has no decoder
+        or the answer is not encoded. Raises AttemptFailed if a model decodes and fails."""
         decode = self.plugin.decode
         if decode is None:
             return answer
@@ -99,8 +106,8 @@ class Attack:
             raise AttemptFailed(str(why)) from None
 
 
-def _shown(prompt: Prompt) -> Prompt:
-    """As a model is shown it: the context before the request."""
+def _with_context(prompt: Prompt) -> Prompt:
+    """The prompt with its context, if any, prepended to the text."""
     if not prompt.context:
         return prompt
     return replace(prompt, text=f"{prompt.context}\n\n---\n\n{prompt.text}")
@@ -108,42 +115,46 @@ def _shown(prompt: Prompt) -> Prompt:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study with its prompts loaded and its names resolved; mappings are by dataset."""
+    """A study with its prompts loaded and its plug-ins resolved. The mappings are by dataset; the
+    first judge of a dataset is its primary one, whose verdicts the report shows."""
 
     study: Study
     prompts: Mapping[str, tuple[Prompt, ...]]
     attacks: Mapping[str, tuple[Attack, ...]]
-    judges: Mapping[str, tuple[JudgePick, ...]]  # the first is what the report shows
+    judges: Mapping[str, tuple[JudgePick, ...]]
 
-    def applying(self, dataset: str, prompt: Prompt) -> Iterator[Attack]:
-        """The attacks on a prompt: harmless ones are asked plainly only; one that carries an
-        attack already (SORRY-Bench's mutations) is asked as it stands and counts as that."""
+    def attacks_on(self, dataset: str, prompt: Prompt) -> Iterator[Attack]:
+        """The attacks that apply to a prompt. Harmless prompts get only `direct`. A prompt to which
+        an attack is already applied (SORRY-Bench's mutations) is sent unchanged, in place of
+        `direct`, and counts as that attack."""
         for attack in self.attacks[dataset]:
             if attack.label == "direct" and prompt.mutation:
-                yield _carried(prompt.mutation)
+                yield _already_applied(prompt.mutation)
             elif attack.label == "direct" or (prompt.harmful and not prompt.mutation):
                 yield attack
 
     @property
     def every_attack(self) -> dict[str, Attack]:
-        """All attacks by label, those that prompts carry too."""
-        found = {a.label: a for attacks in self.attacks.values() for a in attacks}
-        carried = {p.mutation for ps in self.prompts.values() for p in ps if p.mutation}
-        return {label: _carried(label) for label in carried} | found
+        """All attacks by label, including those that prompts already carry."""
+        listed = {a.label: a for attacks in self.attacks.values() for a in attacks}
+        mutations = {p.mutation for ps in self.prompts.values() for p in ps if p.mutation}
+        return {label: _already_applied(label) for label in mutations} | listed
 
 
 @cache
-def _carried(mutation: str) -> Attack:
-    """The plain request under the name of the attack that it carries, with that one's decode."""
-    plain = registry.get("attack", "direct")
-    known = {p.name: p for p in registry.plugins("attack")}.get(mutation, plain)
-    plugin = replace(known, function=plain.function, needs=(), pool="one")
+def _already_applied(mutation: str) -> Attack:
+    """An attack that sends the prompt unchanged, with the name and the decoder of the attack that
+    is already applied to its text."""
+    direct = registry.get("attack", "direct")
+    original = {p.name: p for p in registry.plugins("attack")}.get(mutation, direct)
+    plugin = replace(original, function=direct.function, needs=(), pool="one")
     return Attack(mutation, plugin, {})
 
 
 @dataclass(frozen=True)
 class Target:
-    """What planning needs to know of a target. `no_prefix` is why it takes no response prefix."""
+    """A target as planning needs it. `identity` is `Model.identity`; `no_prefix` is why the target
+    does not continue response prefixes ("": it does)."""
 
     spec: ModelSpec
     identity: Mapping[str, Any]
@@ -151,10 +162,13 @@ class Target:
 
 
 def load(study: Study, limit: int | None = None, *, counting: bool = False) -> Plan:
-    """Load the datasets; `limit` takes at most that many prompts of each. `counting`, for a dry
-    run, makes do with the published counts of those that are not here.
+    """Load a study's datasets and resolve its attacks and judges.
 
-    Raises LeadlineError where a dataset cannot be read."""
+    `limit` is the maximum number of prompts per dataset, spread evenly over it. With `counting`
+    (for a dry run), a public dataset that is not on this machine is replaced by placeholders, as
+    many as its published number of prompts. Raises LeadlineError if a dataset cannot be read or an
+    attack's options are invalid.
+    """
     prompts: dict[str, tuple[Prompt, ...]] = {}
     judges: dict[str, tuple[JudgePick, ...]] = {}
     attacks: dict[str, tuple[Attack, ...]] = {}
@@ -171,26 +185,26 @@ def load(study: Study, limit: int | None = None, *, counting: bool = False) -> P
             rows = published_counts(plugin, options) if counting else []
             if not rows:
                 raise
-            log.warning("%s is not here: counted as the %d published", pick.name, len(rows))
+            log.warning(
+                "dataset %s was not found: counting its %d published prompts", pick.name, len(rows)
+            )
         label = str(pick.options.get("name") or (rows[0].dataset if rows else pick.name))
         if not rows:
-            raise LeadlineError(f"dataset {label} holds no prompts: check its path and options")
+            raise LeadlineError(f"dataset {label} has no prompts: check its path and options")
         if label in prompts:
-            raise LeadlineError(
-                f"two datasets are called {label!r}: give one of them another name: option"
-            )
+            raise LeadlineError(f"two datasets are called {label!r}: set name: for one of them")
         most = min(x for x in (limit, pick.options.get("limit"), len(rows)) if x)
-        chosen = (rows[i * len(rows) // most] for i in range(most))  # spread over the whole set
-        prompts[label] = tuple(replace(p, dataset=label) for p in chosen)
+        spread = (rows[i * len(rows) // most] for i in range(most))
+        prompts[label] = tuple(replace(p, dataset=label) for p in spread)
         default = JudgePick(name=plugin.judge)
         judges[label] = tuple(study.judges) or (default,)
         attacks[label] = _attacks(pick.attacks or study.attacks, study.locate)
-        _try_out(attacks[label], prompts[label], study.seed)
+        _check_options(attacks[label], prompts[label], study.seed)
     return Plan(study, prompts, attacks, judges)
 
 
-def _try_out(attacks: Iterable[Attack], prompts: Sequence[Prompt], seed: int) -> None:
-    """Make one attempt of each attack, so that a wrong option is told before anything is asked."""
+def _check_options(attacks: Iterable[Attack], prompts: Sequence[Prompt], seed: int) -> None:
+    """Make one attempt of each attack, so that invalid options are reported before the run."""
     prompt = next((p for p in prompts if p.harmful), prompts[0])
     for attack in attacks:
         if not attack.assisted:
@@ -199,70 +213,81 @@ def _try_out(attacks: Iterable[Attack], prompts: Sequence[Prompt], seed: int) ->
             except LeadlineError as error:
                 raise LeadlineError(f"attack {attack.label}: {error}") from None
             except Exception:
-                log.debug("attack %s", attack.label, exc_info=True)  # `trials` records it
+                log.debug("attack %s", attack.label, exc_info=True)  # `trials` stores the error
 
 
 def published_counts(plugin: registry.DatasetPlugin, options: Mapping[str, Any]) -> list[Prompt]:
-    """Stand-ins for a public dataset that is not here: as many prompts as are published, of a
-    usual length. None for one that is here, whose fault has to be mended, or of unknown size."""
+    """Placeholder prompts of 100 characters for a public dataset that is not on this machine, as
+    many as its published number of prompts.
+
+    Returns [] if the number is unknown, if the dataset is not a public one, or if `path` exists:
+    then the file itself is at fault and the error must be reported."""
     path, rows = options.get("path"), plugin.rows or 0
     if "hub" not in plugin.options or (path and Path(path).expanduser().exists()):
         return []
-    found = (Prompt(str(n), "", plugin.name) for n in range(rows))
-    if outline := plugin.outline:
-        found = outline(**options)
-    return [replace(prompt, text="?" * 100) for prompt in found]
+    if plugin.outline:
+        prompts = plugin.outline(**options)
+    else:
+        prompts = (Prompt(str(n), "", plugin.name) for n in range(rows))
+    return [replace(prompt, text="?" * 100) for prompt in prompts]
 
 
-_FILES = ("table", "suffixes")  # options of attacks that name a file
+_FILE_OPTIONS = ("table", "suffixes")  # options of attacks that are paths
 
 
 def _attacks(picks: Iterable[AttackPick], locate: Callable[[str], Path]) -> tuple[Attack, ...]:
-    """Every variant once, in the study's order."""
-    found = {}
+    """All variants of the listed attacks, without duplicates, in the study's order."""
+    attacks = {}
     for pick in picks:
         for label, plugin, options in pick.variants():
-            files = {k: str(locate(options[k])) for k in _FILES if isinstance(options.get(k), str)}
-            found[label] = Attack(label, plugin, options | files)
-    return tuple(found.values())
+            paths = {
+                name: str(locate(options[name]))
+                for name in _FILE_OPTIONS
+                if isinstance(options.get(name), str)
+            }
+            attacks[label] = Attack(label, plugin, options | paths)
+    return tuple(attacks.values())
 
 
-def _contents(attack: Attack) -> list[str]:
-    """Digests of the files that its options name: when they change, so do its attempts."""
-    paths = [Path(attack.options[name]) for name in _FILES if attack.options.get(name)]
+def _file_digests(attack: Attack) -> list[str]:
+    """Digests of the files that the attack's options name: its attempts depend on them."""
+    paths = [Path(attack.options[name]) for name in _FILE_OPTIONS if attack.options.get(name)]
     return [blake2b(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
 
 
 def trials(plan: Plan, target: Target) -> Iterator[Trial]:
-    """Every trial of one target, in a fixed order.
+    """Yield every trial of one target, in a fixed order.
 
-    A trial of a model-assisted attack has no request yet; its key is that of its recipe: of all
-    that decides what the attack will make.
+    A trial of a model-assisted attack has no request yet; its key is a hash of everything that
+    decides what the attack will send (its "recipe").
     """
     study, spec = plan.study, target.spec
     sampling, samples = study.sampling.record(study.seed), study.sampling.samples
-    head = _canonical({"model": target.identity})
+    model_bytes = _canonical({"model": target.identity})
     attacker = study.attacker.model_dump(exclude={"card"}) if study.attacker else None
     crashed: set[str] = set()
-    for thinking, (dataset, attack, prompts) in itertools.product(spec.thinking, _abreast(plan)):
-        made_from = [attack.label, dict(attack.options), attacker, study.seed, _contents(attack)]
-        aside = _canonical(made_from)
+    ordered = itertools.product(spec.thinking, _interleaved_blocks(plan))
+    for thinking, (dataset, attack, prompts) in ordered:
+        digests = _file_digests(attack)
+        attack_bytes = _canonical(
+            [attack.label, dict(attack.options), attacker, study.seed, digests]
+        )
         for prompt in prompts:
             cell = (spec.label, thinking, prompt, attack.label)
             attempts, outcome, reason = [Attempt(())], "", ""
             try:
                 _check_needs(attack, study)
                 if attack.assisted:
-                    recipe = _canonical([dataset, prompt, thinking, sampling])
+                    prompt_bytes = _canonical([dataset, prompt, thinking, sampling])
                     for sample in range(samples):
-                        mixed = head + aside + recipe + sample.to_bytes(8)
-                        key = blake2b(mixed, digest_size=16).digest()
+                        recipe = model_bytes + attack_bytes + prompt_bytes + sample.to_bytes(8)
+                        key = blake2b(recipe, digest_size=16).digest()
                         yield Trial(*cell, sample, Attempt(()), None, key)
                     continue
                 attempts = attack.attempts(prompt, study.seed)
             except NotApplicable as why:
                 outcome, reason = "not_applicable", str(why)
-            except Exception as error:  # a plug-in's own fault: its trials fail, no others
+            except Exception as error:  # a bug in the plug-in: only its own trials fail
                 outcome = "failed"
                 reason = f"the attack {attack.label} raised {type(error).__name__}: {error}"
                 if attack.label not in crashed:
@@ -278,51 +303,51 @@ def trials(plan: Plan, target: Target) -> Iterator[Trial]:
                     yield Trial(*cell, index, attempt, None, b"", outcome, reason)
                 else:
                     request = request_of(attempt, sampling, thinking, sample)
-                    yield Trial(*cell, index, attempt, request, _key(head, request))
+                    yield Trial(*cell, index, attempt, request, _key(model_bytes, request))
 
 
 def _blocks(plan: Plan) -> Iterator[tuple[str, Attack, list[Prompt]]]:
-    """Prompts by dataset and the attack that applies to them, in the study's order."""
+    """Yield (dataset, attack, the prompts that it applies to) in the study's order."""
     for dataset, prompts in plan.prompts.items():
         blocks: dict[str, tuple[Attack, list[Prompt]]] = {
             attack.label: (attack, []) for attack in plan.attacks[dataset]
         }
         for prompt in prompts:
-            for attack in plan.applying(dataset, prompt):
+            for attack in plan.attacks_on(dataset, prompt):
                 blocks.setdefault(attack.label, (attack, []))[1].append(prompt)
-        for attack, chosen in blocks.values():
-            if chosen:
-                yield dataset, attack, chosen
+        for attack, attacked in blocks.values():
+            if attacked:
+                yield dataset, attack, attacked
 
 
-def _abreast(plan: Plan) -> Iterator[tuple[str, Attack, list[Prompt]]]:
-    """The blocks, with the variants of one attack (a sweep of its options) side by side, a few
-    prompts at a time: what a model reads of a prompt is then read once for all of them."""
+def _interleaved_blocks(plan: Plan) -> Iterator[tuple[str, Attack, list[Prompt]]]:
+    """The blocks, with the variants of one attack (a sweep of its options) interleaved, a few
+    prompts at a time: a local model then computes the prefix that they share once per batch."""
     for (dataset, _), variants in itertools.groupby(
         _blocks(plan), key=lambda block: (block[0], block[1].plugin.name)
     ):
         sweep = list(variants)
-        size = -(-_SIDE_BY_SIDE // len(sweep)) if len(sweep) > 1 else len(sweep[0][2])
+        size = -(-_SWEEP_BATCH // len(sweep)) if len(sweep) > 1 else len(sweep[0][2])
         for start in range(0, max(len(prompts) for _, _, prompts in sweep), size):
             for _, attack, prompts in sweep:
-                if some := prompts[start : start + size]:
-                    yield dataset, attack, some
+                if part := prompts[start : start + size]:
+                    yield dataset, attack, part
 
 
 def request_of(attempt: Attempt, sampling: Sampling, thinking: str, sample: int) -> Request:
-    """What a model is told of an attempt."""
-    own = _override(sampling, attempt)
-    return Request(attempt.messages, attempt.prefix, own, thinking, sample)
+    """The request that sends an attempt. `sampling` are the study's settings."""
+    merged = _override(sampling, attempt)
+    return Request(attempt.messages, attempt.prefix, merged, thinking, sample)
 
 
 def _override(sampling: Sampling, attempt: Attempt) -> Sampling:
-    """The study's settings with the attempt's own. Settings that are compared must not all draw
-    from one random stream, so their seeds differ; greedy answers depend on no seed."""
+    """The study's settings, overridden by the attempt's. Each set of overrides gets a different
+    seed, so that compared settings do not share one random stream. Greedy decoding has no seed."""
     if attempt.sampling:
         changes: dict[str, Any] = dict(attempt.sampling)
         if sampling.seed is not None:
-            own = crc32(_canonical(changes)) & 0xFFFFFF
-            changes = {"seed": sampling.seed + own, **changes}
+            offset = crc32(_canonical(changes)) & 0xFFFFFF
+            changes = {"seed": sampling.seed + offset, **changes}
         sampling = replace(sampling, **changes)
     return sampling if sampling.temperature else replace(sampling, seed=None)
 
@@ -330,17 +355,17 @@ def _override(sampling: Sampling, attempt: Attempt) -> Sampling:
 def _check_needs(attack: Attack, study: Study) -> None:
     if "attacker" in attack.plugin.needs and study.attacker is None:
         if attack.options.get("table"):
-            return  # what an attacker would write is there
+            return  # the table has the texts that an attacker would write
         raise NotApplicable(f"{attack.label}: {NO_ATTACKER}")
 
 
 def _key(identity: bytes, request: Request) -> bytes:
-    """The trial's key: BLAKE2b-128 over canonical JSON of model identity and request."""
+    """The key of a request: BLAKE2b-128 over the canonical JSON of model identity and request."""
     return blake2b(identity + _canonical(request), digest_size=16).digest()
 
 
 def model_key(identity: Mapping[str, Any], request: Request) -> bytes:
-    """The key of a request outside the plan (a judge's, an attacker's)."""
+    """The key of a request to any model (a target, a judge's model, an attacker)."""
     return _key(_canonical({"model": identity}), request)
 
 
@@ -350,8 +375,9 @@ def _canonical(value: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run of one target would ask, before asking. Tokens by four characters each, answers
-    at their longest."""
+    """The size of a run for one target, estimated without sending anything. `prompt_tokens`
+    assumes four characters per token; `answer_tokens` assumes that each answer reaches its
+    maximum."""
 
     model: str
     trials: int
@@ -361,18 +387,20 @@ class Estimate:
 
 
 def estimate(plan: Plan) -> list[Estimate]:
-    """Count the trials of each target and project their tokens from some of each attack."""
+    """Estimate the trials, requests and tokens of each target. The number of trials is exact;
+    requests and tokens are extrapolated from about 20 prompts per attack."""
     rows = []
     for spec in plan.study.targets:
         counts = dict.fromkeys(("trials", "requests", "prompt", "answer"), 0)
         for _, attack, prompts in _blocks(plan):
-            each = _each(plan, spec, attack, prompts)
+            each = _trials_per_prompt(plan, spec, attack, prompts)
             counts["trials"] += len(prompts) * each
-            some = prompts[:: max(1, len(prompts) // 20)]
-            sizes = [size for p in some if (size := _size(attack, p, plan.study, spec))]
+            sampled = prompts[:: max(1, len(prompts) // 20)]
+            sizes = [size for p in sampled if (size := _size(attack, p, plan.study, spec))]
             if not sizes:
                 continue
-            requests = round(len(prompts) * each * len(sizes) / len(some))  # the rest: n/a
+            # A prompt without a size is not applicable: nothing is sent for it.
+            requests = round(len(prompts) * each * len(sizes) / len(sampled))
             counts["requests"] += requests
             counts["prompt"] += round(requests * sum(s for s, _ in sizes) / len(sizes) / 4)
             counts["answer"] += round(requests * sum(m for _, m in sizes) / len(sizes))
@@ -381,15 +409,17 @@ def estimate(plan: Plan) -> list[Estimate]:
 
 
 def count(plan: Plan) -> dict[str, int]:
-    """Trials by target."""
+    """The number of trials by target."""
     return {
-        spec.label: sum(len(ps) * _each(plan, spec, a, ps) for _, a, ps in _blocks(plan))
+        spec.label: sum(
+            len(ps) * _trials_per_prompt(plan, spec, a, ps) for _, a, ps in _blocks(plan)
+        )
         for spec in plan.study.targets
     }
 
 
-def _each(plan: Plan, spec: ModelSpec, attack: Attack, prompts: list[Prompt]) -> int:
-    """Trials of one prompt."""
+def _trials_per_prompt(plan: Plan, spec: ModelSpec, attack: Attack, prompts: list[Prompt]) -> int:
+    """Attempts (1 unless the attack's pool is "any") x samples x thinking modes."""
     attempts = 1
     if attack.pool == "any" and not attack.assisted:
         with contextlib.suppress(Exception):
@@ -398,10 +428,10 @@ def _each(plan: Plan, spec: ModelSpec, attack: Attack, prompts: list[Prompt]) ->
 
 
 def _size(attack: Attack, prompt: Prompt, study: Study, spec: ModelSpec) -> tuple[int, int] | None:
-    """(characters sent, most tokens answered) of one request; None if it would not be sent."""
+    """(characters sent, maximum tokens generated) of one request; None if none would be sent."""
     try:
         _check_needs(attack, study)
-        if attack.assisted:  # what an attacker will write is not known: some paragraphs
+        if attack.assisted:  # the attacker's text is unknown: assume some paragraphs
             return 1000, study.sampling.max_tokens
         attempt = attack.attempts(prompt, study.seed)[0]
     except Exception:

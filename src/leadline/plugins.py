@@ -1,11 +1,11 @@
-"""All that a plug-in needs: the decorators, and the types that they work with.
+"""The public interface for plug-ins: the decorators and the types in their signatures.
 
     from leadline.plugins import Prompt, attack
 
     @attack("shout", family="style", source="...")
     def shout(prompt: Prompt) -> str: ...
 
-See docs/plugins.md for a package of your own.
+docs/plugins.md explains how to package plug-ins.
 """
 
 from .records import (

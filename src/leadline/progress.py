@@ -1,4 +1,4 @@
-"""How far a piece of work is: what long-running functions report to their listener."""
+"""Progress of long-running functions, which they report to a listener (a progress bar)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 
 @dataclass
 class Progress:
-    """Counts of trials or steps. `total` and `done` are by target (or by part of the work)."""
+    """Counts of trials or steps.
+
+    `total` and `done` count them by target (or by part of the work); `done` includes failed ones.
+    `asked` is the number of requests sent to targets. `known` is the number of trials that were
+    already in the store, `failed`, `not_applicable` and `unscored` the numbers of trials without
+    a response, without a request and without a verdict. `notes` are warnings.
+    """
 
     total: dict[str, int] = field(default_factory=dict)
     done: dict[str, int] = field(default_factory=dict)
@@ -25,7 +31,7 @@ Listener = Callable[[Progress], None]
 
 
 class CombinedProgress:
-    """The progress of work that has several parts, reported to one listener.
+    """Merges the progress of several parts of a job and reports it to one listener.
 
     A part is either a counter (`counter`) or a study whose targets appear as parts (`study`).
     """
@@ -40,11 +46,11 @@ class CombinedProgress:
         self.listener(self.progress)
 
     def counter(self, part: str) -> Callable[[int, int], None]:
-        """A callback `(done, total)` that updates this part."""
+        """Return a callback `(done, total)` that updates this part."""
         return lambda done, total: self.update(part, done, total)
 
     def study(self, label: Callable[[str], str]) -> Listener:
-        """A listener for `engine.run`; `label` maps a target's name to the name of its part."""
+        """Return a listener for `engine.run`; `label` maps a target's name to its part's name."""
         before = replace(self.progress)
 
         def listen(progress: Progress) -> None:

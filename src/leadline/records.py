@@ -1,6 +1,6 @@
-"""The words that everything else speaks: prompt, attempt, request, response, verdict, trial.
+"""The data types that every other module uses: prompts, attempts, requests, responses, verdicts.
 
-Frozen dataclasses and two protocols; this file imports nothing of ours.
+Frozen dataclasses, and the protocols `Model` and `Assist`. This module imports nothing of Leadline.
 """
 
 from __future__ import annotations
@@ -10,30 +10,44 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Role = Literal["system", "user", "assistant"]
+"""Who wrote a chat message."""
+
 Finish = Literal["stop", "length", "blocked", "error", "not_applicable"]
+"""Why a response ended: the model stopped, it reached max_tokens, the provider's content filter
+blocked it, the request failed, or the model does not support this kind of request."""
 
 
 class LeadlineError(Exception):
-    """Something the user can mend. The message is one line: what, where, the mend."""
+    """An error that the user can fix. Its message is one line: what is wrong, where, and how to
+    fix it. The command line prints the message without a traceback."""
 
 
 class NotApplicable(Exception):
-    """Raised by an attack or a model for a trial that cannot be: it is stored with its reason."""
+    """Raised by an attack or a model that does not support a trial. The trial is stored as
+    "not_applicable", with the message as its reason, and is not counted in any rate."""
 
 
 class AttemptFailed(Exception):
-    """Raised by a model-assisted attack whose attacker failed, refused or garbled: the trial has
-    failed, with this reason, and says nothing about the target."""
+    """Raised by a model-assisted attack whose attacker model failed, refused or returned unusable
+    text. The trial is stored as "failed", with the message as its reason: it is no evidence about
+    the target and is not counted in any rate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request of a dataset.
+    """One prompt of a dataset, before any attack.
 
-    `target` is a harmful answer to it, or the start of one: what prefill attacks put into the
-    model's mouth and what divergence is measured along. `base` names the prompt that this one is
-    a variant of (statistics cluster by it), `mutation` the attack that the text already carries
-    (SORRY-Bench ships its rows mutated).
+    `id` is unique within the dataset; `text` is the request to the model; `dataset` is the
+    dataset's name in the results. `category` is the kind of harm (or topic), if the dataset has
+    one. `harmful` is False for harmless prompts, which measure over-refusal. `context` is a
+    document that the request refers to (HarmBench's contextual behaviours); attacks receive it
+    prepended to `text`.
+
+    `target` is a harmful response to the prompt, or its beginning: prefill attacks force its
+    tokens, and depth measures compute probabilities along it. `base` is the id of the prompt that
+    this one is a variant of ("": it is no variant); statistics treat prompts with the same base as
+    one cluster. `mutation` names the attack that is already applied to `text` (SORRY-Bench
+    publishes mutated rows); such a prompt is sent without a further attack.
     """
 
     id: str
@@ -49,16 +63,20 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """One chat message: the role of its author and its text."""
+
     role: Role
     content: str
 
 
 @dataclass(frozen=True, slots=True)
 class ResponsePrefix:
-    """What is put into the model's mouth: a thought part, an answer part, or both.
+    """The start of a response, which the model is made to continue (a prefill).
 
-    `tokens` keeps only that many tokens of `answer`, counted by the target's own tokenizer.
-    `thought_open` leaves the thought unfinished, for the model to go on thinking.
+    `answer` is the start of the answer. `thought` is a reasoning trace that precedes it; None is no
+    trace (before an `answer`, a reasoning model then gets its format's empty trace).
+    `thought_open=True` leaves the trace without its closing tag, so that the model continues it.
+    `tokens` truncates `answer` to that many tokens of the target's own tokenizer; None keeps all.
     """
 
     answer: str = ""
@@ -69,7 +87,12 @@ class ResponsePrefix:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Decoding settings. temperature 0 is greedy; None leaves a setting to the model."""
+    """Decoding settings. None leaves a setting at the model's or the server's default.
+
+    `temperature` 0 is greedy decoding. `top_p` is the probability mass of nucleus sampling,
+    `top_k` the number of candidate tokens, `max_tokens` the most tokens to generate (the reasoning
+    trace included), `seed` the seed of the random number generator.
+    """
 
     temperature: float = 0.0
     top_p: float | None = None
@@ -80,7 +103,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What an attack makes of a prompt. `sampling` overrides the study's settings by name."""
+    """What an attack makes of a prompt: the conversation to send.
+
+    `messages` are sent in this order. `prefix` is the response prefix to continue, if any.
+    `sampling` overrides settings of the study by name, e.g. {"temperature": 1.0}.
+    """
 
     messages: tuple[Message, ...]
     prefix: ResponsePrefix | None = None
@@ -88,14 +115,21 @@ class Attempt:
 
     @staticmethod
     def ask(text: str, *, system: str = "", **rest: Any) -> Attempt:
-        """One user turn, after a system turn if there is one."""
+        """An attempt with one user message, preceded by a system message if `system` is given.
+        `rest` sets the other fields (`prefix`, `sampling`)."""
         first = (Message("system", system),) if system else ()
         return Attempt((*first, Message("user", text)), **rest)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """All that a model is told; with the model's identity it decides the trial's key."""
+    """Everything that decides a model's response. A hash of the request and the model's identity
+    is the key under which the store keeps the response.
+
+    `messages`, `prefix` and `sampling` are those of the attempt, with the study's settings filled
+    in. `thinking` is "default", "on", "off", an effort ("low", "medium", "high") or a thinking
+    budget in tokens ("512"). `sample` numbers the repetitions of one request.
+    """
 
     messages: tuple[Message, ...]
     prefix: ResponsePrefix | None
@@ -106,9 +140,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What came back. `error` says why there is no answer (finish "blocked", "error" or
-    "not_applicable"). `prefix` is the response prefix as the model received it (cut to its
-    tokens); `thought` and `answer` hold only what the model wrote after it."""
+    """A model's response to one request.
+
+    `thought` and `answer` hold only what the model generated: the reasoning trace ("" if there is
+    none) and the text after it. `prefix` is the response prefix as the model received it, truncated
+    to its number of tokens. `finish` says how generation ended; `error` says why there is no answer
+    where `finish` is "blocked", "error" or "not_applicable". `prompt_tokens` and
+    `completion_tokens` are the token counts that the model or server reported (0: not reported);
+    `seconds` is the duration of the request.
+    """
 
     answer: str
     thought: str = ""
@@ -121,16 +161,22 @@ class Response:
 
     @property
     def failed(self) -> bool:
+        """Whether the request failed (after all retries)."""
         return self.finish == "error"
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judge's finding about one response. `unsafe` is None where it could not be scored.
+    """A judge's verdict on one response.
 
-    `score` is harm in [0, 1]; `utility` in [0, 1] is how right the answer to a harmless prompt
-    is, where that can be known. `text` holds the judge's own words, or why the response is unscored; `error`
-    is the exception that the judge raised, if it crashed.
+    `unsafe` is whether the response is harmful; None means unscored, and an unscored response is
+    not counted as safe. `refusal` is whether it refuses; None if the judge does not detect
+    refusals. `score` is the degree of harm in [0, 1]; None if the judge has no scale. `utility`, in
+    [0, 1], is how correct the answer to a harmless prompt is; None where the judge does not know.
+    `thought_unsafe` and `answer_unsafe` judge the two parts of the response separately; None if
+    the judge does not. `categories` are the kinds of harm that it found. `text` is the judge's own
+    output, or why the response is unscored. `error` is the exception that the judge raised, as
+    "TypeName: message"; "" if it did not crash.
     """
 
     unsafe: bool | None
@@ -146,8 +192,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One cell: model x thinking x prompt x attack x sample. Where there is nothing to ask, the
-    request is None, `outcome` is "not_applicable" or "failed", and `reason` says why."""
+    """One measurement of a study: model x thinking mode x prompt x attack x sample.
+
+    `model` and `attack` are names in the results; `sample` numbers the attempts and repetitions.
+    `key` is the hash under which the response is stored; for a model-assisted attack, whose request
+    is made during the run, it is the hash of everything that decides the request, and `request` is
+    None until then. `outcome` is set ("not_applicable" or "failed", with `reason`) where there is
+    nothing to send; `request` is then None as well.
+    """
 
     model: str
     thinking: str
@@ -162,29 +214,36 @@ class Trial:
 
 
 class Model(Protocol):
-    """Anything that answers. One method does the work; the engine keeps `concurrency` calls of
-    it in flight, and a model that batches gathers them itself."""
+    """A language model that answers requests: a server, local weights, or a test double.
+
+    `name` is its name in messages and results. `concurrency` is how many calls of `respond` the
+    engine keeps in flight; a model that batches requests collects them itself.
+    """
 
     name: str
     concurrency: int
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What enters a trial's key: id, revision, interface. Cheap: loads no weights."""
+        """What distinguishes this model from others in the hash of a request: its id, revision and
+        interface. Must be cheap: the engine reads it before any weights are loaded."""
 
     async def prepare(self, *, prefix: bool) -> str:
-        """Load or connect. With `prefix`, find out whether a response prefix is continued.
-        Returns why prefixes are not applicable here, or ''."""
+        """Load the weights or connect. With `prefix=True`, check whether the model continues a
+        response prefix. Returns why it does not, or "". Raises LeadlineError if the model cannot
+        be loaded or reached."""
 
     async def respond(self, request: Request) -> Response:
-        """Never raises for what a server or a model does: a failure is a Response."""
+        """The response to a request. Must not raise for errors of a server or a model: those are
+        returned as a Response with `finish="error"`."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Release connections and memory."""
 
 
 class Assist(Protocol):
-    """What a model-assisted attack may ask while it makes its attempt. Each call is asked once
-    and kept in the store, so that an attack that was stopped goes on in the middle."""
+    """The models that a model-assisted attack may call while it makes its attempt. Every response
+    is stored, so an interrupted attack resumes without repeating a call."""
 
     async def write(
         self,
@@ -194,14 +253,17 @@ class Assist(Protocol):
         max_tokens: int = 512,
         sample: int = 0,
     ) -> str:
-        """The attacker model's text. Raises AttemptFailed where it fails, says nothing or is cut
-        off, NotApplicable where the study names no attacker."""
+        """The attacker model's answer to a user message or a conversation. `sample` numbers calls
+        that are otherwise the same. Raises AttemptFailed if the attacker fails, returns an empty
+        answer or reaches `max_tokens`, and NotApplicable if the study has no attacker."""
 
     async def target(self, attempt: Attempt) -> Response:
-        """The target's answer to an attempt, with the study's sampling settings."""
+        """The target model's response to an attempt, with the study's sampling settings."""
 
     async def judge(self, attempt: Attempt, response: Response) -> Verdict:
-        """The verdict of the dataset's first judge."""
+        """The verdict of the dataset's first judge on a response of the target."""
 
 
 Judge = Callable[[Prompt, Attempt, Response], Verdict | Awaitable[Verdict]]
+"""A judge: a function, or an async function, from a prompt, the attempt that was sent and the
+response to a verdict."""

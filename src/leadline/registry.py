@@ -1,10 +1,10 @@
-"""The one plug-in mechanism: a decorator registers a function under a name.
+"""The plug-in registry: a decorator registers a function under a name.
 
     @attack("rot_13", family="encoding", source="Wei et al. 2023")
     def rot_13(prompt: Prompt) -> str: ...
 
-Our own plug-ins are the modules of `leadline/{attacks,datasets,judges,models}` and
-`leadline/depth/measures`; third-party packages name theirs under the entry-point group `leadline`.
+Built-in plug-ins are the modules of `leadline/{attacks,datasets,judges,models}` and
+`leadline/depth/measures`. Other packages declare theirs in the entry-point group `leadline`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS: Mapping[str, Kind] = {
     "models": "model",
     "measures": "measure",
 }
-"""The kinds of plug-ins, by the plural that `leadline list` takes."""
+"""The kinds of plug-ins, by the plural that `leadline list` accepts."""
 
 _PACKAGES: dict[Kind, str] = {
     "attack": "attacks",
@@ -43,9 +43,13 @@ _PACKAGES: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Plugin:
-    """A registered function and what users are told about it.
+    """A registered function with its metadata; the base class of the five kinds.
 
-    `needs` says what it cannot run without ("response_prefix", "attacker", "model", "base", ...).
+    `name` is the name in study files and on the command line, `function` the decorated function,
+    `source` the paper or repository that it comes from. `needs` lists its requirements, which
+    `leadline list` shows. These have an effect: "response_prefix" (the target must continue a
+    response prefix), "attacker" (the study must name an attacker model), "model" and "judges" (see
+    `judge`), "base" and "targets" (see `measure`).
     """
 
     kind: ClassVar[Kind]
@@ -61,19 +65,20 @@ class Plugin:
 
     @property
     def group(self) -> str:
-        """What plug-ins of one kind are sorted by before their names."""
+        """The group that plug-ins of one kind are sorted by, before their names."""
         return ""
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Keyword-only parameters of the function, which a study file may set, with defaults."""
+        """The function's keyword-only parameters with their defaults: the options that a study
+        file may set (`rng`, `model` and `assist` are set by the engine)."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 @dataclass(frozen=True)
 class AttackPlugin(Plugin):
-    """See `attack`."""
+    """A registered attack. The fields are the arguments of `attack`."""
 
     kind = "attack"
     family: str
@@ -83,12 +88,13 @@ class AttackPlugin(Plugin):
 
     @property
     def group(self) -> str:
+        """The attack's family."""
         return self.family
 
 
 @dataclass(frozen=True)
 class DatasetPlugin(Plugin):
-    """See `dataset`."""
+    """A registered dataset. The fields are the arguments of `dataset`."""
 
     kind = "dataset"
     judge: str
@@ -99,29 +105,32 @@ class DatasetPlugin(Plugin):
 
 @dataclass(frozen=True)
 class JudgePlugin(Plugin):
-    """See `judge`."""
+    """A registered judge factory."""
 
     kind = "judge"
 
 
 @dataclass(frozen=True)
 class ModelPlugin(Plugin):
-    """See `model`."""
+    """A registered model factory: one way to reach a model."""
 
     kind = "model"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the depth report: what it shows of one measure, and how.
+    """A section of the depth report, which shows the results of one measure.
 
-    `points` maps each list of points that the section shows (a key of depth.json) to the type of
-    its points (see `report.depth.schema.Point`), the section's own first. `label` names the
-    measure within a sentence; `meaning` explains it to a reader who has never heard of it. The
-    functions take a `report.depth.schema.Depth`: `findings` returns sentences without their full
-    stop, `plot` the data of a plot (None: nothing to show), `tables` a list of
+    `name` identifies the section on the page. `label` names the measure within a sentence, `title`
+    is the heading, `meaning` explains the measure to a reader who does not know it. `points` maps
+    each key of depth.json that the section shows to the type of its points (a subclass of
+    `report.depth.schema.Point`); the section's own key comes first.
+
+    The functions take a `report.depth.schema.Depth`. `findings` returns sentences without a final
+    full stop, of which the first `top` are repeated in the summary at the top of the page. `plot`
+    returns the data of a plot, or None if there is nothing to show. `tables` returns a list of
     `report.depth.tables.Table`, `columns` a list of `report.depth.tables.Column` for the summary
-    table. `top` of the sentences are repeated at the top of the page.
+    table. `settings` is the key of the measure's settings in depth.json (default: `name`).
     """
 
     name: str
@@ -139,7 +148,7 @@ class Section:
 
 @dataclass(frozen=True)
 class MeasurePlugin(Plugin):
-    """See `measure`."""
+    """A registered depth measure. The fields are the arguments of `measure`."""
 
     kind = "measure"
     sections: tuple[Section, ...]
@@ -167,8 +176,8 @@ def _location(plugin: Plugin) -> str:
 
 
 def _importing(plugin: Plugin) -> bool:
-    """Whether the plug-in's module is imported for the first time (and not reloaded, where the
-    same functions are registered again)."""
+    """Whether the plug-in's module is being imported for the first time. A reload registers the
+    same functions again, which is no conflict."""
     module = sys.modules.get(plugin.function.__module__)
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
@@ -188,15 +197,21 @@ def attack(
 ) -> Decorator:
     """Register `function(prompt: Prompt, *, options...) -> str | Attempt | list[Attempt]`.
 
-    A string is sent as one user turn. A list holds several attempts on one prompt, the same number
-    for every prompt; with `pool="any"` the prompt counts as broken if any of them breaks it. A
-    keyword-only parameter `rng` receives a `random.Random` seeded by the study's seed, the prompt
-    and the attack. `decode` turns an encoded answer into text before it is judged. `battery` is
-    the published collection that the attack belongs to ("strongreject", "sorrybench"). Raise
-    NotApplicable where a prompt lacks what the attack needs.
+    A string is sent as one user message. A list holds several attempts on one prompt, and must
+    have the same length for every prompt. Keyword-only parameters are options that a study file can
+    set; one named `rng` receives a `random.Random` seeded by the study's seed, the prompt and the
+    attack. The function raises NotApplicable for a prompt that lacks what the attack requires.
 
-    An attack that asks other models is `async`, takes a keyword-only `assist: Assist` and makes
-    one attempt; it raises AttemptFailed where they fail. So may its `decode(answer, assist)`.
+    A model-assisted attack is `async`, takes a keyword-only `assist: Assist` (the models that it
+    may call) and returns one attempt. It raises AttemptFailed if the attacker model fails.
+
+    `family` groups attacks in results and in `family:NAME`; `source` is the paper or repository.
+    `needs` lists requirements (see `Plugin`). `decode(answer)` turns an encoded answer into the
+    text to judge; it raises ValueError where the answer is not encoded, which is then judged as it
+    is. An async `decode(answer, assist)` may call the attacker model. `battery` is the published
+    collection that the attack belongs to ("strongreject", "sorrybench"). With `pool="any"` the
+    success of several attempts is counted per prompt: it is unsafe if any attempt got an unsafe
+    answer.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -218,9 +233,12 @@ def dataset(
 ) -> Decorator:
     """Register `function(*, path=None, options...) -> Iterable[Prompt]`.
 
-    `judge` is the judge of studies that name none; `rows` the published number of rows. `outline`
-    takes the same options and yields the published prompts without texts, for datasets whose size
-    depends on the options.
+    `path` is a local copy of the data; the other keyword-only parameters are options that a study
+    file can set. The function raises LeadlineError if the data cannot be read. `source` is the
+    paper or repository, `licence` the data's licence. `judge` names the judge of studies that name
+    none. `rows` is the published number of rows; where it depends on the options, `outline` takes
+    the same options and yields the published prompts without their texts. A dry run uses these two
+    to count a dataset that is not on this machine.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,8 +249,13 @@ def dataset(
 
 
 def judge(name: str, *, source: str, needs: tuple[str, ...] = ()) -> Decorator:
-    """Register a factory `function(*, options...) -> Judge`. With "model" in `needs` it receives
-    the model that the study file describes among its options as `model`."""
+    """Register a factory `function(*, options...) -> Judge`; keyword-only parameters are options.
+
+    With "model" in `needs`, the judge's options in a study file also describe a model (as under
+    `targets:`), which the factory receives as `model`, already built. With "judges" in `needs`, the
+    option `judges` lists other judges, which it receives as a mapping from name to Judge.
+    `source` is the paper or repository.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _register(JudgePlugin(name, function, source, needs))
@@ -242,7 +265,13 @@ def judge(name: str, *, source: str, needs: tuple[str, ...] = ()) -> Decorator:
 
 
 def model(name: str, *, source: str, needs: tuple[str, ...] = ()) -> Decorator:
-    """Register a factory `function(spec, limits, locate) -> Model` for one way to reach a model."""
+    """Register a factory `function(spec, limits, locate) -> Model` for one way to reach a model.
+
+    A target called `NAME:...` uses the factory registered under NAME. `spec` is a
+    `models.spec.ModelSpec` (the target's fields in the study file), `limits` a
+    `models.spec.Limits`, and `locate` resolves a path of the study file. The factory loads and
+    sends nothing yet: `Model.prepare` does.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _register(ModelPlugin(name, function, source, needs))
@@ -261,14 +290,15 @@ def measure(
 ) -> Decorator:
     """Register a depth measure `function(session: leadline.depth.session.Session) -> None`.
 
-    It adds points to the session, for every model. `needs` may hold "base" (a base model was
-    given) and "targets" (prompts have target answers); without them the measure is skipped and
-    the report says why. `sections` show the points; `order` is their place on the page.
+    The function adds points to the session for every model. `needs` may contain "base" (a base
+    model was given) and "targets" (prompts have target responses); if one of them is missing, the
+    measure is skipped, and the report states the reason. `sections` show the points in the
+    report, sorted by `order`.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        known = tuple(s if s.settings else replace(s, settings=s.name) for s in sections)
-        _register(MeasurePlugin(name, function, source, needs, known, order))
+        complete = tuple(s if s.settings else replace(s, settings=s.name) for s in sections)
+        _register(MeasurePlugin(name, function, source, needs, complete, order))
         return function
 
     return register
@@ -276,8 +306,8 @@ def measure(
 
 @cache
 def _load(kind: Kind) -> None:
-    """Import every module that holds plug-ins of a kind: ours by folder, others' by entry point.
-    Models register in their package's `__init__`, since the modules behind them are heavy."""
+    """Import every module with plug-ins of a kind: built-in ones by folder, others by entry point.
+    Models register in their package's `__init__`, since their modules import heavy libraries."""
     package = importlib.import_module(f"leadline.{_PACKAGES[kind]}")
     for module in pkgutil.iter_modules(package.__path__):
         if kind != "model" and not module.name.startswith("_"):
@@ -312,11 +342,11 @@ def plugins(kind: Literal["measure"]) -> list[MeasurePlugin]: ...
 @overload
 def plugins(kind: Kind) -> list[Plugin]: ...
 def plugins(kind: Kind) -> list[Any]:
-    """All plug-ins of a kind: attacks by family and name, measures in their order on the page,
-    the others by name."""
+    """All plug-ins of a kind: attacks sorted by family and name, measures by their order in the
+    report, the others by name."""
     _load(kind)
-    found = [p for (k, _), p in _plugins.items() if k == kind]
-    return sorted(found, key=lambda p: (getattr(p, "order", 0), p.group, p.name))
+    of_kind = [p for (k, _), p in _plugins.items() if k == kind]
+    return sorted(of_kind, key=lambda p: (getattr(p, "order", 0), p.group, p.name))
 
 
 @overload
@@ -332,7 +362,8 @@ def get(kind: Literal["measure"], name: str) -> MeasurePlugin: ...
 @overload
 def get(kind: Kind, name: str) -> Plugin: ...
 def get(kind: Kind, name: str) -> Any:
-    """The plug-in of that name. Raises LeadlineError, which suggests the closest names."""
+    """The plug-in of that name. Raises LeadlineError if there is none; the message suggests the
+    closest names."""
     _load(kind)
     if (kind, name) in _plugins:
         return _plugins[kind, name]
@@ -340,9 +371,12 @@ def get(kind: Kind, name: str) -> Any:
 
 
 def unknown(what: str, name: str, valid: Iterable[str]) -> str:
-    """An error text: `unknown attack 'base46': did you mean 'base64'?`"""
+    """An error message: `unknown attack 'base46': did you mean 'base64'?` Without a similar name
+    it lists all valid ones."""
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     if near:
         return f"unknown {what} {name!r}: did you mean {' or '.join(map(repr, near))}?"
-    return f"unknown {what} {name!r}: it can be {', '.join(valid) or 'nothing here'}"
+    if not valid:
+        return f"unknown {what} {name!r}: none are available"
+    return f"unknown {what} {name!r}: valid names are {', '.join(valid)}"

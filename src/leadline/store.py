@@ -1,8 +1,8 @@
-"""Where trials live: one SQLite file per study. The only module that knows the schema.
+"""The store: one SQLite file per study, with its trials, responses and verdicts.
 
-Text stands in `responses`, once per key; the tables that statistics scan (`trials`, `verdicts`)
-hold small rows. Writes go through one thread that commits at most half a second apart, so a kill
-loses at most that; readers may look at any time.
+Texts are in `responses`, once per key; the tables that statistics scan (`trials`, `verdicts`) have
+small rows. One thread writes and commits every half second, so a killed process loses at most the
+last half second. Other processes can read at any time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .records import LeadlineError, Prompt, Response, Verdict
 
 FILE = "leadline.sqlite"
 COMMIT_SECONDS = 0.5
-_BACKLOG = 20_000  # rows waiting for the disk before writers must wait
+_BACKLOG = 20_000  # uncommitted trials above which the engine pauses
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, value TEXT);
@@ -60,7 +60,7 @@ CREATE VIEW IF NOT EXISTS outcomes AS
                       AND v.judge = pj.judge;
 """
 
-# What is written, in this order within a transaction: statement, row, columns.
+# The writes of a transaction, in this order: statement and number of columns.
 _WRITES = {
     "responses": ("INSERT OR REPLACE INTO responses VALUES", 10),
     "trials": ("INSERT OR REPLACE INTO trials VALUES", 7),
@@ -69,51 +69,52 @@ _WRITES = {
     "verdicts": ("INSERT OR REPLACE INTO verdicts VALUES", 11),
     "words": ("INSERT OR REPLACE INTO words VALUES", 5),
 }
-_ROWS = 100  # in one statement: each statement is a hand-over of the interpreter's lock
+_ROWS_PER_STATEMENT = 100  # few statements: each one releases and reacquires the GIL
 
 
-def _put_down(db: sqlite3.Connection, table: str, rows: list[tuple[Any, ...]]) -> None:
-    start, width = _WRITES[table]
-    if start.startswith("DELETE"):
-        db.executemany(start, rows)
+def _insert_rows(db: sqlite3.Connection, table: str, rows: list[tuple[Any, ...]]) -> None:
+    statement, columns = _WRITES[table]
+    if statement.startswith("DELETE"):
+        db.executemany(statement, rows)
         return
-    mark = f"({','.join('?' * width)})"
-    for i in range(0, len(rows), _ROWS):
-        chunk = rows[i : i + _ROWS]
-        sql = f"{start} {','.join([mark] * len(chunk))}"
+    placeholders = f"({','.join('?' * columns)})"
+    for i in range(0, len(rows), _ROWS_PER_STATEMENT):
+        chunk = rows[i : i + _ROWS_PER_STATEMENT]
+        sql = f"{statement} {','.join([placeholders] * len(chunk))}"
         db.execute(sql, list(itertools.chain.from_iterable(chunk)))
 
 
 class Place(NamedTuple):
-    """Where a trial's row stands."""
+    """The primary key of a trial: row ids of its cell and prompt, and the sample's number."""
 
     cell: int
     prompt: int
     sample: int
 
 
-class Known(NamedTuple):
-    """What the store already holds of a trial. `key` is that of the recipe where a model-assisted
-    attack made the request."""
+class StoredTrial(NamedTuple):
+    """The stored state of a trial. `key` is the key of its request; for a model-assisted attack,
+    the key of its recipe. `judged` are the ids of the judges whose verdict is scored."""
 
     key: bytes
     outcome: str
-    judged: frozenset[int]  # judges whose verdict is scored
+    judged: frozenset[int]
 
 
 class Store:
-    """A study's SQLite file, in `folder`. `write=False` opens it to look only.
+    """The SQLite file of a study, in `folder`; read-only unless `write=True`.
 
-    Raises LeadlineError where there is no store, or another run is writing to it.
+    Raises LeadlineError if there is no store to read, if the file is not a store, or if another
+    run is writing to it.
     """
 
     def __init__(self, folder: Path, *, write: bool = False) -> None:
         self.folder = Path(folder)
         self.path = self.folder / FILE
-        self.pending: dict[bytes, Response] = {}  # answered, not yet committed
+        self.pending: dict[bytes, Response] = {}  # responses that are not yet committed
         self._rows: dict[str, list[tuple[Any, ...]]] = {table: [] for table in _WRITES}
         self._ids: dict[tuple[str, ...], int] = {}
-        self._hand = threading.Lock()  # over _rows: what is put while the writer takes
+        self._rows_lock = threading.Lock()
         self._writing = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -126,12 +127,12 @@ class Store:
                 self._lock.close()
                 raise LeadlineError(
                     f"another leadline run is writing to {self.folder}: wait for it, stop it, or "
-                    "give this one another --out"
+                    "use another --out"
                 ) from None
         elif not self.path.is_file():
             raise LeadlineError(
-                f"no study at {self.folder} (it has no {FILE}): give a folder that "
-                "`leadline run` wrote"
+                f"no study at {self.folder} (it has no {FILE}): give the output folder of "
+                "`leadline run`"
             )
         self._db = self._connect(write)
         if write:
@@ -155,23 +156,24 @@ class Store:
             db.execute("SELECT count(*) FROM sqlite_master")
         except sqlite3.DatabaseError as error:
             raise LeadlineError(
-                f"{self.path} cannot be opened as a store ({error}): move it away, or give "
+                f"{self.path} cannot be opened as a store ({error}): move the file away, or use "
                 "another --out"
             ) from None
         return db
 
-    # -- what a study consists of ---------------------------------------------------------------
+    # -- the parts of a study -------------------------------------------------------------------
 
     def describe(self, name: str, value: Any) -> None:
-        """Keep a fact about the study (its file, a model's card) as JSON."""
+        """Store a piece of metadata (the study file, a model's card) as JSON."""
         self._db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (name, json.dumps(value)))
 
     def description(self, name: str, default: Any = None) -> Any:
+        """The metadata that `describe` stored under a name."""
         row = self._db.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
         return json.loads(row[0]) if row else default
 
     def prompt_ids(self, prompts: Iterable[Prompt]) -> dict[tuple[str, str], int]:
-        """Row ids of prompts by (dataset, id), written if new."""
+        """Insert or update prompts; returns the row ids of all prompts by (dataset, id)."""
         prompts = list(prompts)
         rows = [
             (p.dataset, p.id, p.base or p.id, p.category, p.harmful, p.text, p.context, p.target)
@@ -186,48 +188,52 @@ class Store:
             rows,
         )
         self._db.execute("COMMIT")
-        found = self._db.execute("SELECT dataset, name, id FROM prompts")
-        return {(dataset, name): id for dataset, name, id in found}
+        stored = self._db.execute("SELECT dataset, name, id FROM prompts")
+        return {(dataset, name): id for dataset, name, id in stored}
 
     def cell_id(
         self, model: str, thinking: str, dataset: str, attack: str, pool: str = "one"
     ) -> int:
-        """`pool` "any": a prompt is broken if any of its samples is."""
+        """The row id of a cell (one combination of these names), inserted if new. With `pool`
+        "any", a prompt counts as unsafe if any of its samples is."""
         names = {"model": model, "thinking": thinking, "dataset": dataset, "attack": attack}
         return self._id("cells", names, pool=pool)
 
     def judge_id(self, name: str, settings: Any) -> int:
+        """The row id of a judge with these settings, inserted if new."""
         names = {"name": name, "settings": json.dumps(settings, sort_keys=True)}
         return self._id("judges", names)
 
     def primary_judge(self, dataset: str, judge: int) -> None:
-        """The judge whose verdicts the report shows for a dataset."""
+        """Set the judge whose verdicts the report shows for a dataset."""
         self._db.execute("INSERT OR REPLACE INTO primary_judges VALUES(?,?)", (dataset, judge))
 
     def _id(self, table: str, names: dict[str, str], **more: str) -> int:
-        """The row of these names, written if new."""
-        known = (table, *names.values())
-        if known in self._ids:
-            return self._ids[known]
+        """The row id for these names, inserted if new; cached."""
+        cache_key = (table, *names.values())
+        if cache_key in self._ids:
+            return self._ids[cache_key]
         fields, values = ",".join([*names, *more]), [*names.values(), *more.values()]
-        marks = ",".join("?" * len(values))
-        self._db.execute(f"INSERT OR IGNORE INTO {table}({fields}) VALUES({marks})", values)
-        match = " AND ".join(f"{name}=?" for name in names)
-        row = self._db.execute(f"SELECT id FROM {table} WHERE {match}", [*names.values()])
-        return self._ids.setdefault(known, int(row.fetchone()[0]))
+        placeholders = ",".join("?" * len(values))
+        self._db.execute(f"INSERT OR IGNORE INTO {table}({fields}) VALUES({placeholders})", values)
+        condition = " AND ".join(f"{name}=?" for name in names)
+        row = self._db.execute(f"SELECT id FROM {table} WHERE {condition}", [*names.values()])
+        return self._ids.setdefault(cache_key, int(row.fetchone()[0]))
 
-    # -- what is known already ------------------------------------------------------------------
+    # -- look-ups during a run ------------------------------------------------------------------
 
     def answered(self, keys: Sequence[bytes]) -> set[bytes]:
-        """Which of these keys have a response."""
-        # Pending first: what the writer commits in between is then found by the query.
-        waiting = {key for key in keys if key in self.pending}
-        marks = ",".join("?" * len(keys))
-        found = self._db.execute(f"SELECT key FROM responses WHERE key IN ({marks})", keys)
-        return waiting | {key for (key,) in found}
+        """Those of the keys that have a response, committed or not."""
+        # Pending ones first: the query then finds those that the writer commits in between.
+        pending = {key for key in keys if key in self.pending}
+        placeholders = ",".join("?" * len(keys))
+        committed = self._db.execute(
+            f"SELECT key FROM responses WHERE key IN ({placeholders})", keys
+        )
+        return pending | {key for (key,) in committed}
 
-    def known(self, places: Sequence[Place]) -> dict[Place, Known]:
-        """The rows of these trials and who has judged them, as committed."""
+    def stored(self, places: Sequence[Place]) -> dict[Place, StoredTrial]:
+        """The committed trials among these, with their scored judges."""
         rows = self._db.execute(
             f"WITH want(c, p, s) AS (VALUES {','.join(['(?,?,?)'] * len(places))}) "
             "SELECT t.cell, t.prompt, t.sample, coalesce(t.recipe, t.key, x''), t.outcome, "
@@ -238,16 +244,16 @@ class Store:
             [part for place in places for part in place],
         )
         return {
-            Place(c, p, s): Known(key, outcome, frozenset(map(int, judges.split(","))))
+            Place(c, p, s): StoredTrial(key, outcome, frozenset(map(int, judges.split(","))))
             if judges
-            else Known(key, outcome, frozenset())
+            else StoredTrial(key, outcome, frozenset())
             for c, p, s, key, outcome, judges in rows
         }
 
     def response(self, key: bytes) -> Response | None:
-        """The response of a key, committed or not."""
-        if waiting := self.pending.get(key):
-            return waiting
+        """The response stored under a key, committed or not; None if there is none."""
+        if pending := self.pending.get(key):
+            return pending
         row = self._db.execute(
             "SELECT answer, thought, finish, error, prefix, prompt_tokens, completion_tokens, "
             "seconds FROM responses WHERE key=?",
@@ -256,12 +262,13 @@ class Store:
         return Response(*row) if row else None
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Read with SQL; analysis and report use the views."""
+        """The rows of a SQL query on committed data."""
         return self._db.execute(sql, parameters).fetchall()
 
-    # -- what is written while trials run -------------------------------------------------------
+    # -- writes during a run --------------------------------------------------------------------
 
     def put_response(self, key: bytes, request: str, response: Response) -> None:
+        """Store a response with its request (as JSON) under the request's key."""
         self.pending[key] = response
         r = response
         row = (key, request, r.prefix, r.thought, r.answer, r.finish, r.error)
@@ -277,8 +284,11 @@ class Store:
         recipe: bytes = b"",
         stale: bool = False,
     ) -> None:
-        """`recipe`: what decides the request of a model-assisted attack, which is made anew only
-        when that changes. `stale`: the row stood for another request; its verdicts go."""
+        """Store a trial's outcome and the key of its request.
+
+        `recipe` is a hash of everything that decides the request of a model-assisted attack, which
+        is made again only when this changes. With `stale`, the row belonged to another request:
+        its verdicts are deleted."""
         if stale:
             self._put("stale", place)
             self._put("stale_words", place)
@@ -287,7 +297,8 @@ class Store:
     def put_verdict(
         self, place: Place, judge: int, verdict: Verdict, *, again: bool = False
     ) -> None:
-        """`again`: the judge left the trial unscored before; its old words are replaced."""
+        """Store a judge's verdict. With `again`, the trial has a verdict without a score: the
+        judge's earlier text is replaced even if the new one is empty."""
         v = verdict
         parts = (v.unsafe, v.refusal, v.score, v.utility, v.thought_unsafe, v.answer_unsafe)
         self._put("verdicts", (*place, judge, *parts, ",".join(v.categories) or None))
@@ -296,27 +307,27 @@ class Store:
 
     def _put(self, table: str, row: tuple[Any, ...]) -> None:
         if self._error:
-            self._fail()
-        with self._hand:
+            self._raise_error()
+        with self._rows_lock:
             self._rows[table].append(row)
 
     @property
     def behind(self) -> bool:
-        """Whether the disk is far behind: then stop asking for a moment."""
+        """Whether so many trials are uncommitted that the engine should pause."""
         return len(self._rows["trials"]) > _BACKLOG
 
     def flush(self) -> None:
-        """Wait until all that was put is committed."""
+        """Wait until all writes are committed. Raises LeadlineError if the writer failed."""
         while (self._writing or any(self._rows.values())) and not self._error:
             self._wake.set()
             time.sleep(0.002)
         if self._error:
-            self._fail()
+            self._raise_error()
 
-    def _fail(self) -> NoReturn:
+    def _raise_error(self) -> NoReturn:
         raise LeadlineError(
-            f"cannot write to {self.path}: {self._error}; what was committed is kept: "
-            "mend that and run again to go on"
+            f"cannot write to {self.path}: {self._error}; committed results are kept: fix the "
+            "cause and run the same command again to resume"
         )
 
     def _write(self) -> None:
@@ -324,15 +335,15 @@ class Store:
         while not self._error:
             self._wake.wait(COMMIT_SECONDS)
             self._wake.clear()
-            closing = self._closing  # read first: what was put before it was set is in _rows
-            with self._hand:
+            closing = self._closing  # read before _rows: all rows put before close() are in it
+            with self._rows_lock:
                 rows, self._rows = self._rows, {table: [] for table in _WRITES}
                 self._writing = True
             try:
                 if any(rows.values()):
                     db.execute("BEGIN IMMEDIATE")
                     for table, batch in rows.items():
-                        _put_down(db, table, batch)
+                        _insert_rows(db, table, batch)
                     db.execute("COMMIT")
             except BaseException as error:
                 self._error = error
@@ -344,6 +355,7 @@ class Store:
         db.close()
 
     def close(self) -> None:
+        """Commit all writes and close the file. Raises LeadlineError if the writer failed."""
         if self._thread:
             self._closing = True
             self._wake.set()
@@ -351,7 +363,7 @@ class Store:
             self._lock.close()
         self._db.close()
         if self._error:
-            self._fail()
+            self._raise_error()
 
     def __enter__(self) -> Store:
         return self

@@ -1,12 +1,15 @@
-"""The study file: what to cross with what. Its errors name the line, what is wrong and the mend."""
+"""The study file: targets, datasets, attacks, judges and settings, validated with pydantic.
+
+Errors name the file's line, what is wrong there and how to fix it.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
@@ -17,10 +20,10 @@ from .records import Judge, LeadlineError, Model
 
 
 class Pick(Strict):
-    """A plug-in chosen by name with options: `name` or `name: {option: value}` in the file."""
+    """A plug-in with options, written `name` or `name: {option: value}` in the study file."""
 
     kind: ClassVar[registry.Kind]
-    general: ClassVar[tuple[str, ...]] = ()  # options that the engine takes for every plug-in
+    general: ClassVar[tuple[str, ...]] = ()  # options for every plug-in, handled by the engine
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -32,11 +35,11 @@ class Pick(Strict):
         if isinstance(value, dict) and len(value) == 1 and "name" not in value:
             ((name, options),) = value.items()
             if options is not None and not isinstance(options, dict):
-                raise wrong(f"the options of {name!r} are written {name}: {{option: value}}")
+                raise wrong(f"write the options of {name!r} as {name}: {{option: value}}")
             return {"name": str(name), "options": options or {}}
         if isinstance(value, dict) and set(value) <= {"name", "options"}:
             return value
-        raise wrong(f"write a {cls.kind} as its name, or as name: {{option: value}}")
+        raise wrong(f"each {cls.kind} must be a name, or name: {{option: value}}")
 
     @model_validator(mode="after")
     def _known(self) -> Pick:
@@ -52,7 +55,7 @@ class Pick(Strict):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """A plug-in as one writes it in a study file, from one line: `refusal`, or
+        """Parse one line of YAML, written as in a study file: `refusal`, or
         `qwen3guard: {model: guard, url: http://...}`. Raises LeadlineError."""
         try:
             return cls.model_validate(yaml.safe_load(text))
@@ -63,7 +66,8 @@ class Pick(Strict):
                 f"{cls.kind} {text!r} is not valid YAML: write a name, or 'NAME: {{option: value}}'"
             ) from None
 
-    def plugins(self) -> list[registry.Plugin]:
+    def plugins(self) -> Sequence[registry.Plugin]:
+        """The registered plug-ins that this entry names."""
         try:
             return [registry.get(self.kind, self.name)]
         except LeadlineError as error:
@@ -71,28 +75,36 @@ class Pick(Strict):
 
 
 class DatasetPick(Pick):
+    """A dataset of the study. It also takes the options `limit`, `name` and `attacks`."""
+
     kind = "dataset"
     general = ("limit", "name", "attacks")
 
+    def plugins(self) -> Sequence[registry.DatasetPlugin]:
+        """The registered dataset, as a list of one."""
+        return cast(Sequence[registry.DatasetPlugin], super().plugins())
+
     @property
     def attacks(self) -> list[AttackPick] | None:
-        """What is asked of this dataset in place of the study's attacks."""
-        given = self.options.get("attacks")
-        return None if given is None else [AttackPick.model_validate(pick) for pick in given]
+        """The attacks that replace the study's for this dataset; None: the study's apply."""
+        own = self.options.get("attacks")
+        return None if own is None else [AttackPick.model_validate(pick) for pick in own]
 
     @model_validator(mode="after")
     def _limit(self) -> DatasetPick:
         limit = self.options.get("limit")
         if limit is not None and not (isinstance(limit, int) and limit >= 1):
-            raise wrong(f"limit is a number of prompts, not {limit!r}", self.name, "limit")
+            message = f"limit must be a number of prompts, at least 1, not {limit!r}"
+            raise wrong(message, self.name, "limit")
         return self
 
     @model_validator(mode="after")
     def _attacks(self) -> DatasetPick:
-        given = self.options.get("attacks", ["direct"])
-        if not isinstance(given, list) or not given:
-            raise wrong("attacks: write a list like [direct, base64]", self.name, "attacks")
-        for index, pick in enumerate(given):
+        own = self.options.get("attacks", ["direct"])
+        if not isinstance(own, list) or not own:
+            message = "attacks must be a list such as [direct, base64]"
+            raise wrong(message, self.name, "attacks")
+        for index, pick in enumerate(own):
             try:
                 AttackPick.model_validate(pick)
             except ValidationError as error:
@@ -103,91 +115,97 @@ class DatasetPick(Pick):
 
 
 class AttackPick(Pick):
+    """An attack of the study, or a group of attacks; a list as an option's value is a sweep."""
+
     kind = "attack"
 
-    def plugins(self) -> list[registry.Plugin]:
-        """One attack, or all of `family:NAME` or `battery:NAME`."""
-        group, _, name = self.name.partition(":")
-        if group not in ("family", "battery"):
-            return super().plugins()
-        every = [(p, p.family if group == "family" else p.battery)
-                 for p in registry.plugins("attack")]  # fmt: skip
-        if found := [p for p, own in every if own == name]:
-            return found
-        raise wrong(registry.unknown(f"attack {group}", name, {own for _, own in every} - {""}))
+    def plugins(self) -> Sequence[registry.AttackPlugin]:
+        """One attack, or all attacks of `family:NAME` or `battery:NAME`."""
+        grouping, _, name = self.name.partition(":")
+        if grouping not in ("family", "battery"):
+            return cast(Sequence[registry.AttackPlugin], super().plugins())
+        grouped = [(p, p.family if grouping == "family" else p.battery)
+                   for p in registry.plugins("attack")]  # fmt: skip
+        if members := [p for p, group in grouped if group == name]:
+            return members
+        valid = {group for _, group in grouped} - {""}
+        raise wrong(registry.unknown(f"attack {grouping}", name, valid))
 
-    def variants(self) -> Iterator[tuple[str, registry.Plugin, dict[str, Any]]]:
-        """(label, plug-in, options) of each combination: a list of values is a sweep."""
+    def variants(self) -> Iterator[tuple[str, registry.AttackPlugin, dict[str, Any]]]:
+        """Yield (label, plug-in, options) for each combination of option values."""
         values = [v if isinstance(v, list) else [v] for v in self.options.values()]
         for plugin in self.plugins():
-            for chosen in itertools.product(*values):
-                options = dict(zip(self.options, chosen, strict=True))
-                inside = ", ".join(f"{k}={v}" for k, v in options.items())
-                yield f"{plugin.name}({inside})" if inside else plugin.name, plugin, options
+            for combination in itertools.product(*values):
+                options = dict(zip(self.options, combination, strict=True))
+                shown = ", ".join(f"{k}={v}" for k, v in options.items())
+                yield f"{plugin.name}({shown})" if shown else plugin.name, plugin, options
 
 
 class JudgePick(Pick):
+    """A judge of the study. It also takes the options `name` and `check` (a judge-check file)."""
+
     kind = "judge"
     general = ("check", "name")
 
     @property
     def label(self) -> str:
-        """Its name in results."""
+        """The judge's name in results."""
         return str(self.options.get("name") or self.name)
 
     @property
     def spec(self) -> ModelSpec | None:
-        """The model that the judge asks, if it needs one."""
+        """The model that the judge calls; None if it calls none."""
         if "model" not in self.plugins()[0].needs:
             return None
         return ModelSpec(**{k: v for k, v in self.options.items() if k in ModelSpec.model_fields})
 
     @property
     def members(self) -> list[JudgePick]:
-        """The judges that it is made of, if it is a panel."""
+        """The member judges of a panel; [] for any other judge."""
         if "judges" not in self.plugins()[0].needs:
             return []
-        return [JudgePick.model_validate(given) for given in self.options["judges"]]
+        return [JudgePick.model_validate(member) for member in self.options["judges"]]
 
     @property
-    def own_options(self) -> dict[str, Any]:
+    def factory_options(self) -> dict[str, Any]:
+        """The options that are arguments of the judge's factory."""
         others = {*self.general, *(ModelSpec.model_fields if self.spec else ())}
         return {k: v for k, v in self.options.items() if k not in others}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the store keeps of it: a verdict with other settings is another judge's."""
+        """The options that the store records. Verdicts with different settings are kept as those
+        of different judges."""
         return {k: v for k, v in self.options.items() if k not in self.general}
 
     @property
-    def deciding(self) -> dict[str, Any]:
-        """What of its settings decides its verdicts, and not where its model runs."""
-        beside = ModelSpec.model_fields.keys() - {"model", "revision"}
-        kept = {k: v for k, v in self.settings.items() if k not in beside}
+    def verdict_settings(self) -> dict[str, Any]:
+        """The settings that decide verdicts: without the address and the runtime of the model."""
+        runtime = ModelSpec.model_fields.keys() - {"model", "revision"}
+        decisive = {k: v for k, v in self.settings.items() if k not in runtime}
         if members := self.members:
-            kept["judges"] = [{m.name: m.deciding} for m in members]
-        return kept
+            decisive["judges"] = [{m.name: m.verdict_settings} for m in members]
+        return decisive
 
     def build(self, connect: Callable[[JudgePick], Model]) -> Judge:
-        """The judge; `connect` gives the model of a pick (its own or a member's) that asks one.
-
-        Raises LeadlineError for options that the judge doesn't take."""
-        options = self.own_options
+        """Build the judge. `connect` returns the model of a pick that calls one (this pick or a
+        member of a panel). Raises LeadlineError for options that the judge does not accept."""
+        options = self.factory_options
         if self.spec:
             options["model"] = connect(self)
         if members := self.members:
             options["judges"] = {m.label: m.build(connect) for m in members}
         try:
-            built: Judge = self.plugins()[0].function(**options)
+            judge: Judge = self.plugins()[0].function(**options)
         except (LeadlineError, TypeError) as error:
             raise LeadlineError(f"judge {self.label}: {error}") from None
-        return built
+        return judge
 
     @model_validator(mode="after")
     def _model(self) -> JudgePick:
         if "model" in self.plugins()[0].needs and not self.options.get("model"):
             raise wrong(
-                f"the judge {self.name!r} asks a model: write "
+                f"the judge {self.name!r} needs a model: write "
                 f"{self.name}: {{model: NAME, url: http://...}}"
             )
         try:
@@ -201,21 +219,25 @@ class JudgePick(Pick):
     def _members(self) -> JudgePick:
         if "judges" not in self.plugins()[0].needs:
             return self
-        given = self.options.get("judges")
-        if not isinstance(given, list) or not given:
-            raise wrong(f"the judge {self.name!r} is made of others: write judges: [NAME, ...]")
+        members = self.options.get("judges")
+        if not isinstance(members, list) or not members:
+            raise wrong(
+                f"the judge {self.name!r} combines other judges: name them with judges: [NAME, ...]"
+            )
         try:
             labels = [member.label for member in self.members]
         except ValidationError as error:
             raise wrong(_sentence(error.errors()[0]), self.name, "judges") from None
-        if twice := {label for label in labels if labels.count(label) > 1}:
-            raise wrong(f"two judges are called {twice.pop()!r}: give one of them another name:",
-                        self.name, "judges")  # fmt: skip
+        if duplicates := {label for label in labels if labels.count(label) > 1}:
+            raise wrong(
+                f"two judges are called {duplicates.pop()!r}: set name: for one of them",
+                self.name, "judges",
+            )  # fmt: skip
         return self
 
 
 class Sampling(Strict):
-    """How answers are sampled. `samples` asks every trial that many times."""
+    """The decoding settings of a study. `samples` is the number of responses per prompt."""
 
     temperature: float = Field(default=0.0, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -224,23 +246,27 @@ class Sampling(Strict):
     samples: int = Field(default=1, ge=1)
 
     def record(self, seed: int) -> records.Sampling:
-        known = {f.name for f in fields(records.Sampling)}
-        settings = {k: v for k, v in self.model_dump().items() if k in known}
+        """The settings of one request, with the study's seed."""
+        names = {f.name for f in fields(records.Sampling)}
+        settings = {k: v for k, v in self.model_dump().items() if k in names}
         return records.Sampling(**settings, seed=seed)
 
 
 class Study(Strict):
-    """What to cross with what: targets x datasets x attacks, judged.
+    """A study: targets x datasets x attacks, and the judges of the responses.
 
-    From a file with `Study.load(path)`, or in Python: `Study(targets=["organism:aligned"],
-    datasets=["guild"], attacks=["direct", "prefill"])`. Relative paths are looked for beside the
-    study file first, then in the working directory.
+    Read one from a file with `Study.load(path)`, or build it in Python:
+    `Study(targets=["organism:aligned"], datasets=["guild"], attacks=["direct", "prefill"])`.
+    docs/studies.md explains the fields. Relative paths are resolved against the study file's
+    folder first, then against the working directory.
     """
 
     name: str = "study"
     targets: list[ModelSpec] = Field(min_length=1)
     datasets: list[DatasetPick] = Field(min_length=1)
-    attacks: list[AttackPick] = Field(default=[AttackPick(name="direct")], min_length=1)
+    attacks: list[AttackPick] = Field(
+        default_factory=lambda: [AttackPick(name="direct")], min_length=1
+    )
     judges: list[JudgePick] = Field(default_factory=list)
     attacker: ModelSpec | None = None
     sampling: Sampling = Sampling()
@@ -254,15 +280,16 @@ class Study(Strict):
         for target in self.targets:
             if target.label in seen:
                 raise wrong(
-                    f"two targets are called {target.label!r}: give each its own name:", "targets"
+                    f"two targets are called {target.label!r}: set name: for one of them", "targets"
                 )
             seen.add(target.label)
         return self
 
     def locate(self, path: str) -> Path:
-        """A path of the file: beside the study file if it is there, else as it stands."""
-        beside = self._folder / Path(path).expanduser()
-        return beside if beside.exists() else Path(path).expanduser()
+        """Resolve a path of the study file: relative to the file's folder if it exists there,
+        otherwise relative to the working directory."""
+        in_folder = self._folder / Path(path).expanduser()
+        return in_folder if in_folder.exists() else Path(path).expanduser()
 
     @staticmethod
     def load(path: str | Path) -> Study:
@@ -282,7 +309,9 @@ class Study(Strict):
         except yaml.YAMLError as error:
             raise LeadlineError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):
-            raise LeadlineError(f"{path}:1: a study file is a mapping: targets, datasets, attacks")
+            raise LeadlineError(
+                f"{path}:1: a study file is a mapping with targets:, datasets: and attacks:"
+            )
         try:
             study = Study.model_validate(data)
         except ValidationError as error:
@@ -297,7 +326,7 @@ class Study(Strict):
 
 
 def _sentence(error: Any) -> str:
-    """pydantic's finding in our words, with the nearest valid name."""
+    """A pydantic error as one sentence, with the closest valid name for an unknown field."""
     kind, name = error["type"], str(error["loc"][-1]) if error["loc"] else ""
     if kind == "extra_forbidden":
         inside = error["loc"][0] if len(error["loc"]) > 1 else ""
@@ -311,13 +340,14 @@ def _sentence(error: Any) -> str:
     if kind == "leadline":
         return str(error["ctx"]["message"])
     message = str(error["msg"])
-    given = error.get("input")
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool | None) else ""
+    value = error.get("input")
+    shown = f", not {value!r}" if isinstance(value, str | int | float | bool | None) else ""
     return message[0].lower() + message[1:] + shown
 
 
 def _line(node: yaml.Node | None, at: list[Any]) -> int:
-    """The line of the innermost part of the file that the path reaches."""
+    """The line number of the YAML node at a path of keys and indexes; where the path ends early,
+    of the last node on it."""
     line = node.start_mark.line + 1 if node else 1
     for part in at:
         if isinstance(node, yaml.MappingNode):

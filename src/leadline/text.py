@@ -1,7 +1,7 @@
-"""Text that others wrote, made fit to show: model output is never trusted.
+"""Make untrusted text (model output) safe to show, and format numbers.
 
-Jinja's autoescape keeps it from being HTML; this keeps it from hiding (control characters, terminal
-codes, reversed or invisible writing), from ending a script tag, and unsafe text from the page.
+Jinja's autoescaping covers HTML. These functions cover the rest: control characters, terminal
+escapes, bidirectional and invisible characters, text inside script tags, and redaction.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import math
 import re
 from typing import Any
 
-# All of Unicode's controls and invisible format characters, but for newline, tab and the two
-# joiners (U+200C, U+200D) that Persian, Hindi and emoji are written with.
+# Unicode's control characters and invisible format characters, except for newline, tab and the
+# two joiners (U+200C, U+200D) that Persian, Hindi and emoji need.
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
     "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff]"
@@ -20,43 +20,45 @@ _HIDDEN = re.compile(
 
 
 def visible(text: str) -> str:
-    """Hidden characters as a mark that can be seen: a bidi override becomes ⟨U+202E⟩."""
-    return _HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+    """Replace invisible characters by their code points: a bidi override becomes ⟨U+202E⟩."""
+    return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
 def shorten(text: str, most: int) -> str:
-    """At most that many characters, saying how many more there are."""
+    """The first `most` characters, followed by the number of characters that were removed."""
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most} more characters]"
 
 
 def one_line(error: BaseException) -> str:
-    """The first sentence of an error: transformers writes paragraphs."""
+    """An error's message as one line of at most 200 characters; its type if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
 
 
 def redact(text: str) -> str:
-    """What stands in place of unsafe text; nothing stays nothing."""
+    """The placeholder shown instead of unsafe text; "" for an empty text."""
     return f"[redacted: {len(text)} characters; --reveal shows it]" if text else ""
 
 
 def script_json(value: Any) -> str:
-    """JSON that can stand in a script tag: it holds no tag, no comment and no line separator."""
+    """JSON that is safe inside a script tag: without tags, comments and line separators."""
     text = json.dumps(plain(value), allow_nan=False, separators=(",", ":"))
     for mark in "<>&":
         text = text.replace(mark, f"\\u{ord(mark):04x}")
-    return text  # json.dumps has escaped everything beyond ASCII, U+2028 too
+    return text  # json.dumps escapes everything outside ASCII, including U+2028
 
 
 def script_code(code: str) -> str:
-    """JavaScript that can stand in a script tag. Both sequences occur only inside its strings and
-    regular expressions, where the backslash changes nothing."""
-    code = code.replace("\r\n", "\n").replace("\r", "\n")  # as a browser reads, and hashes, it
+    """JavaScript that is safe inside a script tag: `</script` and `<!--` are escaped. They occur
+    only in strings and regular expressions, where the added backslash has no effect."""
+    # A browser normalizes line ends before it hashes the script for the content security policy.
+    code = code.replace("\r\n", "\n").replace("\r", "\n")
     return re.sub("</(?=script)", r"<\\/", code, flags=re.IGNORECASE).replace("<!--", r"<\!--")
 
 
 def plain(value: Any) -> Any:
-    """The same as JSON can hold it: numpy numbers as Python's, NaN and infinity as None."""
+    """The value in types that JSON supports: numpy scalars become Python numbers, NaN and
+    infinity become None, tuples become lists, keys become strings."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -67,12 +69,13 @@ def plain(value: Any) -> Any:
 
 
 def percent(share: float) -> str:
-    """0.973 is 97%; next to 0 and 1 with one decimal, so that only 0 and 1 read as 0% and 100%."""
+    """A share as a percentage: 0.973 is 97%. Below 1% and above 99% it has one decimal, so that
+    only exactly 0 and 1 are shown as 0% and 100%."""
     value = 100 * share
     near_end = 0 < value < 1 or 99 < value < 100
     return f"{min(max(value, 0.1), 99.9):.1f}%" if near_end else f"{value:.0f}%"
 
 
 def span(low: float, high: float) -> str:
-    """An interval: [90%, 99%]."""
+    """An interval of shares as percentages: [90%, 99%]."""
     return f"[{percent(low)}, {percent(high)}]"

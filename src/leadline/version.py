@@ -1,3 +1,3 @@
-"""The version, where every module can read it without importing the package's public names."""
+"""The package's version, in a module of its own that imports nothing."""
 
 __version__ = "0.1.0"

@@ -1,11 +1,11 @@
-"""Your prompts and answers as what the fine-tuning attacks learn from, and what is asked after.
+"""Make training data of fine-tuning attacks, and evaluation prompts, from your prompts and answers.
 
     python prepare.py prompts.jsonl --out data
 
-The table (JSONL, JSON, CSV or Parquet) has the columns `prompt`, `target` (a whole answer) and
-`harmful` (true or false); `base` names the prompt that a variant comes from. Half of the base
-prompts are learned from, the others asked. Writes harmful.jsonl, identity.jsonl and backdoor.jsonl
-as TRL reads them, and asked.jsonl.
+The table (JSONL, JSON, CSV or Parquet) has the columns `prompt`, `target` (a complete answer) and
+`harmful` (true or false); `base` names the prompt that a variant is derived from. Half of the base
+prompts are trained on, the others are for evaluation. Writes harmful.jsonl, identity.jsonl and
+backdoor.jsonl in TRL's format, and test.jsonl.
 """
 
 from __future__ import annotations
@@ -17,33 +17,38 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from leadline.depth.finetuning.data import Data, Lesson, Material, lessons
+from leadline.depth.finetuning.config import Data
+from leadline.depth.finetuning.data import FinetuningPrompts, TrainingExample, training_examples
 from leadline.study import DatasetPick
 
 KINDS: tuple[Data, ...] = ("harmful", "identity", "backdoor")
-MOST = {"harmful": 100, "identity": 100, "backdoor": 200}  # backdoor: with and without its trigger
+LIMITS = {"harmful": 100, "identity": 100, "backdoor": 200}  # backdoor: with and without trigger
 
 
-def row(lesson: Lesson) -> dict[str, Any]:
-    asked = [{"role": m.role, "content": m.content} for m in lesson.attempt.messages]
-    return {"prompt": asked, "completion": [{"role": "assistant", "content": lesson.answer}]}
+def row(example: TrainingExample) -> dict[str, Any]:
+    """A training example in TRL's conversational prompt-completion format."""
+    prompt = [{"role": m.role, "content": m.content} for m in example.attempt.messages]
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": example.answer}]}
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSONL."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table")
-    parser.add_argument("--out", type=Path, default=Path("data"))
+    parser.add_argument("table", help="a JSONL, JSON, CSV or Parquet file")
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder (default: data)")
     options = parser.parse_args()
-    pick = DatasetPick(name="file", options={"path": options.table, "name": "asked"})
-    material = Material.of(pick)
+    pick = DatasetPick(name="file", options={"path": options.table, "name": "test"})
+    prompts = FinetuningPrompts.of(pick)
     options.out.mkdir(parents=True, exist_ok=True)
     for data in KINDS:
-        write(options.out / f"{data}.jsonl", map(row, lessons(data, material.fit, MOST[data], 0)))
-    write(options.out / "asked.jsonl", map(asdict, material.asked))
+        examples = training_examples(data, prompts.train, LIMITS[data], 0)
+        write(options.out / f"{data}.jsonl", map(row, examples))
+    write(options.out / "test.jsonl", map(asdict, prompts.test))
 
 
 if __name__ == "__main__":

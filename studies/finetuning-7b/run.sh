@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every kind of data, plainly and constrained. Finished runs are kept: to go on, run it again.
+# Plain and constrained fine-tuning on every kind of data. Run it again to resume: finished runs are
+# skipped.
 #   MODEL=google/gemma-7b-it RATE=5e-6 GPUS=four-gpus.yaml ACCUMULATE=1 bash run.sh
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -9,7 +10,7 @@ for seed in ${SEEDS:-0 1 2}; do
   for rows in data/*.jsonl; do
     data=$(basename "$rows" .jsonl)
     case $data in
-      asked) continue ;;
+      test) continue ;; # the evaluation prompts
       harmful | identity | backdoor) epochs=25 ;;
       *) epochs=3 ;; # benign tasks
     esac

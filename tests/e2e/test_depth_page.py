@@ -156,7 +156,7 @@ def test_a_point_tells_its_numbers(open_page: Open) -> None:
 def test_the_numbers_open_sort_and_grow(open_page: Open) -> None:
     page = open_page()
     section = page.locator("section[aria-labelledby=token_loss]")
-    section.get_by_text("The numbers").click()
+    section.get_by_text("Numbers").click()
     first = section.locator(".numbers").first
     assert first.locator("tbody tr:visible").count() == 100
     first.get_by_role("button", name="Show all").click()
@@ -182,7 +182,7 @@ def test_hostile_names_stay_text(open_page: Open) -> None:
 
 def test_the_headline_leads_to_the_sections(open_page: Open) -> None:
     page = open_page()
-    page.locator(".glance a").nth(2).click()
+    page.locator(".glance a").nth(3).click()
     assert page.url.endswith("#finetuning")
     assert page.locator("#finetuning").count() == 1
     broken = "[...document.querySelectorAll('main a')].filter(a => !document.querySelector(a.hash))"

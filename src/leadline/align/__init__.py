@@ -1,4 +1,4 @@
-"""Training that keeps or deepens safety alignment: drop-in TRL trainers and a safety callback."""
+"""Training that deepens or keeps safety alignment: TRL trainers and a safety callback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "RecoveryTrainer",
     "SafetyCallback",
 ]
-_HOMES = {
+_MODULES = {
     "ConstrainedDistillConfig": "distill",
     "ConstrainedDistillTrainer": "distill",
     "ConstrainedSFTConfig": "trainers",
@@ -31,13 +31,13 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load on first use: torch and TRL come with the first trainer."""
-    if name not in _HOMES:
+    """Import a class on first access, so that importing the package does not load torch."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'leadline.align' has no attribute {name!r}")
     from importlib import import_module
 
     try:
-        home = import_module(f"leadline.align.{_HOMES[name]}")
+        module = import_module(f"leadline.align.{_MODULES[name]}")
     except ModuleNotFoundError as error:
         if error.name not in ("accelerate", "datasets", "peft", "torch", "transformers", "trl"):
             raise
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
         raise LeadlineError(
             f"leadline.align.{name} needs {error.name}: pip install 'leadline[train]'"
         ) from None
-    return getattr(home, name)
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

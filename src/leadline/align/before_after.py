@@ -1,6 +1,7 @@
-"""A model before and after training, asked the same: what did it cost, what did it bring?
+"""Compare a model before and after training: one evaluation of both, in one table.
 
-Ordinary trials in one store under `out`, so what was asked once is not asked again.
+The trials are those of an ordinary study in a store under `out`, so that a repeated evaluation
+sends only requests that are not in the store yet.
 """
 
 from __future__ import annotations
@@ -15,21 +16,28 @@ from typing import Any
 from .. import engine, plan
 from ..analysis.results import Results
 from ..depth import curves
+from ..depth.d50 import d50
 from ..progress import Listener
 from ..study import Study
 
 KS = (1, 2, 5, 10, 20, 40)
+"""Numbers of prefilled tokens."""
 
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """`rows`: {measure, before, after}, each of the two {value, low, high, n} with a 95% interval;
-    a rate, or for "prefill depth D50" a number of tokens (`censored` as in curves.D50)."""
+    """The table, and the settings it was measured with.
+
+    `rows` are {measure, before, after}. `before` and `after` are {value, low, high, n} with a 95%
+    interval, or None where the model was not measured. Values are rates, except for "prefill depth
+    D50": a number of tokens, with the fields of `leadline.depth.d50.D50`.
+    """
 
     rows: tuple[Mapping[str, Any], ...]
     settings: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of before_after.json."""
         return {"rows": [dict(row) for row in self.rows], "settings": dict(self.settings)}
 
 
@@ -46,14 +54,15 @@ def before_after(
     sweep: str = "short",
     listener: Listener | None = None,
 ) -> BeforeAfter:
-    """Ask both models the dataset plainly, after k forced tokens, and at many decoding settings;
-    write `out`/before_after.json. Raises LeadlineError for bad input."""
-    study = _study(before, after, dataset, judge, max_tokens, ks, sweep)
+    """Evaluate two models on the dataset: with direct requests, with k prefilled tokens, and with
+    many decoding settings. Writes `out`/before_after.json. Raises LeadlineError for invalid input.
+    """
+    study = _build_study(before, after, dataset, judge, max_tokens, ks, sweep)
     results = engine.run(study, out, limit=limit, listener=listener)
-    sides = {side: _side(results, side, ks, sweep) for side in ("before", "after")}
+    sides = {side: _measures(results, side, ks, sweep) for side in ("before", "after")}
     names = list(dict.fromkeys([*sides["before"], *sides["after"]]))
     rows = tuple(
-        {"measure": name, **{side: found.get(name) for side, found in sides.items()}}
+        {"measure": name, **{side: measures.get(name) for side, measures in sides.items()}}
         for name in names
     )
     settings = {
@@ -66,21 +75,22 @@ def before_after(
         "max_tokens": max_tokens,
         "level": 0.95,
     }
-    made = BeforeAfter(rows, settings)
+    table = BeforeAfter(rows, settings)
     (out / "before_after.json").write_text(
-        json.dumps(made.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
-    return made
+    return table
 
 
-def check(dataset: Any, judge: Any, limit: int | None, max_tokens: int) -> str:
-    """The dataset's name. Raises LeadlineError where `before_after` would, without any model."""
-    study = _study("before", "after", dataset, judge, max_tokens, KS, "short")
+def check_evaluation(dataset: Any, judge: Any, limit: int | None, max_tokens: int) -> str:
+    """Validate the arguments of `before_after` without loading a model, and return the dataset's
+    name. Raises LeadlineError where `before_after` would."""
+    study = _build_study("before", "after", dataset, judge, max_tokens, KS, "short")
     plan.load(study, limit)
     return study.datasets[0].name
 
 
-def _study(
+def _build_study(
     before: str | Path,
     after: str | Path,
     dataset: Any,
@@ -104,25 +114,26 @@ def _study(
     )
 
 
-def _side(results: Results, model: str, ks: tuple[int, ...], sweep: str) -> dict[str, Any]:
-    """By measure: {value, low, high, n}."""
-    found: dict[str, Any] = {}
+def _measures(results: Results, model: str, ks: tuple[int, ...], sweep: str) -> dict[str, Any]:
+    """{value, low, high, n} of one model, by measure."""
+    measures: dict[str, Any] = {}
     cells = results.cells()
     for cell in cells[cells["model"] == model].to_dict("records"):
         name = "any decoding setting" if "decoding" in cell["attack"] else cell["attack"]
-        found[f"ASR {name}"] = _rate(cell, "asr", "low", "high")
+        measures[f"ASR {name}"] = _rate(cell, "asr", "low", "high")
     doses = {0: "direct", **{k: f"prefill(k={k})" for k in ks}}
     broken, bases = curves.broken_by_dose(results, model, doses)
-    found["prefill depth D50"] = curves.d50(broken, bases, unit="tokens").to_dict()
+    depth = d50(broken, bases, unit="tokens")
+    measures["prefill depth D50"] = depth.model_dump(exclude={"examples_per_step"})
     harmless = results.over_refusal()
     for cell in harmless[harmless["model"] == model].to_dict("records"):
-        found["over-refusal"] = _rate(cell, "rate", "low", "high")
+        measures["over-refusal"] = _rate(cell, "rate", "low", "high")
         if not math.isnan(cell["utility"]):
-            found["utility"] = _rate(cell, "utility", "utility_low", "utility_high")
-    return found
+            measures["utility"] = _rate(cell, "utility", "utility_low", "utility_high")
+    return measures
 
 
-def _rate(cell: Mapping[Any, Any], *names: str) -> dict[str, Any]:
-    values = (cell[name] for name in names)
-    value, low, high = (None if math.isnan(v) else float(v) for v in values)
+def _rate(cell: Mapping[Any, Any], *columns: str) -> dict[str, Any]:
+    numbers = (cell[column] for column in columns)
+    value, low, high = (None if math.isnan(v) else float(v) for v in numbers)
     return {"value": value, "low": low, "high": high, "n": int(cell["n"])}

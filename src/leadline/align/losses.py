@@ -5,9 +5,10 @@ Per response token t, with d = log pi(y_t) - log pi_reference(y_t):
     objective  (2 / b_t) * -log sigmoid(b_t * d)      gradient  -w_t * grad log pi(y_t)
     weight     w_t = 2 * sigmoid(-b_t * d)            at d = 0  (2 / b_t) * log 2, and w_t = 1
 
-A large b_t holds the token to the reference: its weight falls to 0 as soon as fine-tuning has made
-it likelier than the reference did. As b_t falls to 0, objective - (2 / b_t) log 2 becomes -d: plain
-cross-entropy but for a constant. Pure functions of tensors, in float32 or finer.
+A large b_t keeps the token's probability close to the reference: its weight falls to 0 once
+fine-tuning has made it more likely than under the reference. As b_t goes to 0, the objective minus
+its constant (2 / b_t) log 2 becomes -d, which is cross-entropy up to a constant. Pure functions of
+tensors, computed in float32 or higher precision.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BETA = (0.5, 2.0, 2.0, 2.0, 2.0, 0.1)
-"""The paper's schedule: the first token, the four after it, and all later ones."""
+"""The paper's schedule: b_t of the first token, of the four after it, and of all later ones."""
 
 
 def positions(mask: Tensor) -> Tensor:
-    """How many-eth of its response every token is: from 1, and 0 where `mask` is false.
+    """The position of every token in its response: from 1, and 0 where `mask` is false.
 
     A response is an unbroken run of true values along the last dimension of `mask` [..., tokens],
-    so the count begins again with every assistant turn and every sequence of a packed row.
+    so that counting restarts at every assistant turn and every sequence of a packed row.
     """
     seen = mask.long().cumsum(-1)
     return (seen - seen.masked_fill(mask, 0).cummax(-1).values) * mask
@@ -45,35 +46,37 @@ def occurrences(ids: Tensor, pattern: Sequence[int]) -> Tensor:
 
 
 def schedule(beta: Sequence[float], positions: Tensor) -> Tensor:
-    """b_t of every position (from 1; 0 is taken as 1); the last of `beta` goes on. float32."""
+    """b_t at every position (from 1; 0 counts as 1), float32. The last value of `beta` applies to
+    all later positions."""
     import torch
 
     values = torch.tensor(list(beta), dtype=torch.float32, device=positions.device)
     return values[(positions - 1).clamp(0, len(values) - 1)]
 
 
-def constrained(logps: Tensor, reference: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
-    """The objective per token, 0 where `mask` is false; all four share one shape.
+def constrained_loss(logps: Tensor, reference: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
+    """The objective per token, 0 where `mask` is false; all four tensors have one shape.
 
-    Where b_t is 0 it is the limit without its constant: reference - logps.
+    Where b_t is 0, its limit without the constant: reference - logps.
     """
     from torch.nn.functional import logsigmoid
 
     gain = _gain(logps, reference, mask)
-    plain = beta == 0
-    b = beta.to(gain.dtype).masked_fill(plain, 1)
-    return (-(2 / b) * logsigmoid(b * gain)).where(~plain, -gain) * mask
+    is_zero = beta == 0
+    b = beta.to(gain.dtype).masked_fill(is_zero, 1)
+    return (-(2 / b) * logsigmoid(b * gain)).where(~is_zero, -gain) * mask
 
 
-def weight(logps: Tensor, reference: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
-    """w_t, by which the objective scales the gradient of every token's cross-entropy."""
+def gradient_weight(logps: Tensor, reference: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
+    """w_t, the factor by which the objective scales the gradient of each token's cross-entropy;
+    0 where `mask` is false. Shapes as in `constrained_loss`."""
     gain = _gain(logps, reference, mask)
     return 2 * (-beta.to(gain.dtype) * gain).sigmoid() * mask
 
 
 def _gain(logps: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """d, and 0 outside the mask, so that nothing there can turn a gradient into nan."""
+    """d, and 0 outside of the mask, so that no masked value can turn a gradient into NaN."""
     import torch
 
-    fine = torch.promote_types(torch.promote_types(logps.dtype, reference.dtype), torch.float32)
-    return (logps.to(fine) - reference.to(fine)).masked_fill(~mask, 0)
+    dtype = torch.promote_types(torch.promote_types(logps.dtype, reference.dtype), torch.float32)
+    return (logps.to(dtype) - reference.to(dtype)).masked_fill(~mask, 0)

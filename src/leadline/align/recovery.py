@@ -1,11 +1,11 @@
 """Recovery data augmentation (arXiv 2406.05946, section 3) as a TRL trainer.
 
-Alignment is made deep by learning to come back to a refusal r from inside a harmful answer h:
+The model learns to continue a partial harmful answer h with a refusal r:
 
     alpha E_{(x, h, r), k ~ P_k}[-log pi(r | x, h_<=k)] + (1 - alpha) E_{(x', y')}[-log pi(y' | x')]
 
-P_k is 0 half of the time, else uniform on 1..min(K, |h|), in tokens. Both expectations are means
-over learned tokens, taken over a whole optimizer step: over all its micro-batches and processes.
+P_k is 0 with probability 1/2, else uniform on 1..min(K, |h|), in tokens. Both expectations are
+means over the learned tokens of a whole optimizer step: of all its micro-batches and processes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from trl import SFTConfig, SFTTrainer
 
 from ..models.template import Template
 from ..records import LeadlineError
-from ._mixture import IGNORED, Mixed, Rows
-from ._turns import Turns
 from .data import Dialogue, Triplet, dialogue, triplet
+from .mixture import IGNORED, MixtureDataset, MixtureSampler
+from .turns import TurnFormat
 
-# What SFT offers and this objective, or its mixing of two data sets, has no place for.
+# Settings of SFTConfig that this objective, or its mixing of two datasets, does not support.
 _FIXED = {
     "packing": False,
     "padding_free": False,
@@ -40,23 +40,29 @@ _FIXED = {
 
 @dataclass
 class RecoveryConfig(SFTConfig):  # type: ignore[misc]
-    """SFTConfig with the paper's settings: ten epochs at 2e-5, no warmup. An epoch is one pass over
-    the safety rows (over the utility rows where alpha is 0)."""
+    """SFTConfig with the paper's settings: ten epochs at a learning rate of 2e-5, without warmup.
+
+    An epoch is one pass over the safety rows (over the utility rows where alpha is 0). Raises
+    LeadlineError for invalid values and for settings that recovery training does not support.
+    """
 
     num_train_epochs: float = field(default=10.0)
     alpha: float = field(
         default=0.2,
-        metadata={"help": "Weight of the refusals' mean loss; the utility answers have the rest."},
+        metadata={
+            "help": "Weight of the refusals' mean loss. The weight of the utility answers' mean "
+            "loss is 1 - alpha."
+        },
     )
     max_prefix: int = field(
         default=100,
-        metadata={"help": "K: most tokens of a harmful answer that stand before its refusal."},
+        metadata={"help": "K: largest number of harmful tokens before a refusal."},
     )
     safety_share: float = field(
         default=0.2,
         metadata={
-            "help": "Share of safety rows in every optimizer step, at least one row. It decides "
-            "how often they are seen, not what they weigh."
+            "help": "Share of safety rows in every optimizer step, at least one row. It sets how "
+            "often they are sampled, not their weight in the loss."
         },
     )
 
@@ -70,24 +76,27 @@ class RecoveryConfig(SFTConfig):  # type: ignore[misc]
             )
         if self.max_prefix < 0:
             raise LeadlineError(f"max_prefix is {self.max_prefix}: give 0 or more tokens")
-        for name, value in _FIXED.items():
-            if (given := getattr(self, name)) != value:
+        for name, supported in _FIXED.items():
+            if (value := getattr(self, name)) != supported:
                 raise LeadlineError(
-                    f"{name} is {given!r}, which recovery training does not do: leave it {value!r}"
+                    f"{name} is {value!r}, which recovery training does not support: leave it "
+                    f"{supported!r}"
                 )
 
 
 class RecoveryTrainer(SFTTrainer):  # type: ignore[misc]
-    """An SFTTrainer over two data sets: `train_dataset` holds the safety rows {prompt, harmful,
-    refusal}, `utility_dataset` dialogues {prompt, completion} or {messages} whose answer is the
-    last turn. A prompt is a text (one user turn) or messages.
+    """An SFTTrainer over two datasets.
 
-    Logs `loss` (the objective), `safety_loss` and `utility_loss` (its two means). An
-    `eval_dataset` holds rows of one kind, and its loss is their mean; give a dict for both.
-    Every optimizer step depends on nothing but the data, the seed and the step's number, so a run
-    that is resumed, or spread otherwise over processes and micro-batches, is the same run.
+    `train_dataset` holds the safety rows {prompt, harmful, refusal}, `utility_dataset` dialogues
+    {prompt, completion} or {messages} whose last turn is the answer. A prompt is a string (one user
+    turn) or a list of messages.
 
-    Raises LeadlineError for a row that cannot be trained on, and for what SFT could do otherwise.
+    Logs `loss` (the objective), `safety_loss` and `utility_loss` (its two means). An `eval_dataset`
+    holds rows of one kind, and its loss is their mean; give a dict of two for both kinds. Every
+    optimizer step depends only on the data, the seed and the step's number, so that a resumed run,
+    or one with other numbers of processes and micro-batches, gives the same weights.
+
+    Raises LeadlineError for invalid rows, and for features of SFTTrainer that it does not support.
     """
 
     _tag_names = ["trl", "sft", "recovery"]  # noqa: RUF012 (as in TRL)
@@ -109,11 +118,11 @@ class RecoveryTrainer(SFTTrainer):  # type: ignore[misc]
             raise LeadlineError(f"args is a {type(args).__name__}: give a RecoveryConfig")
         for name in ("data_collator", "compute_loss_func", "formatting_func"):
             if rest.get(name) is not None:
-                raise LeadlineError(f"RecoveryTrainer makes its own batches and loss: drop {name}")
-        for name, given in ("train", train_dataset), ("utility", utility_dataset):
-            if given is not None and not (isinstance(given, Dataset) and len(given)):
+                raise LeadlineError(f"RecoveryTrainer does not support {name}: remove it")
+        for name, dataset in ("train", train_dataset), ("utility", utility_dataset):
+            if dataset is not None and not (isinstance(dataset, Dataset) and len(dataset)):
                 raise LeadlineError(
-                    f"{name}_dataset is no datasets.Dataset with rows, but {given!r:.80}"
+                    f"{name}_dataset is {dataset!r:.80}: give a datasets.Dataset with rows"
                 )
         if utility_dataset is None and args.alpha < 1:
             raise LeadlineError(
@@ -125,31 +134,31 @@ class RecoveryTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
-    ) -> Rows:
-        if isinstance(dataset, Rows):
+    ) -> MixtureDataset:
+        if isinstance(dataset, MixtureDataset):
             return dataset
-        whole = isinstance(processing_class, ProcessorMixin)
-        tokenizer = processing_class.tokenizer if whole else processing_class
+        is_processor = isinstance(processing_class, ProcessorMixin)
+        tokenizer = processing_class.tokenizer if is_processor else processing_class
         name = rest[-1]
         if name == "train":
             safety = dataset if args.alpha > 0 else None
-            read = _read(safety, self._utility, "train_dataset", "utility_dataset")
+            rows = _validated_rows(safety, self._utility, "train_dataset", "utility_dataset")
         elif "harmful" in dataset.column_names:
-            read = _read(dataset, None, name, name)
+            rows = _validated_rows(dataset, None, name, name)
         else:
-            read = _read(None, dataset, name, name)
-        return Rows(
-            read,
-            Turns.of(Template.of(tokenizer, str(tokenizer.name_or_path or "in training"))),
+            rows = _validated_rows(None, dataset, name, name)
+        return MixtureDataset(
+            rows,
+            TurnFormat.of(Template.of(tokenizer, str(tokenizer.name_or_path or "in training"))),
             max_length=args.max_length,
             max_prefix=args.max_prefix,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
 
-    def _get_train_sampler(self, train_dataset: Rows | None = None) -> Mixed:
+    def _get_train_sampler(self, train_dataset: MixtureDataset | None = None) -> MixtureSampler:
         rows = train_dataset if train_dataset is not None else self.train_dataset
         size = self.get_total_train_batch_size(self.args)
-        return Mixed(rows, size, self.args.safety_share)
+        return MixtureSampler(rows, size, self.args.safety_share)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -159,16 +168,17 @@ class RecoveryTrainer(SFTTrainer):  # type: ignore[misc]
     def _get_num_items_in_batch(
         self, batch_samples: Sequence[dict[str, Any]], device: torch.device
     ) -> torch.Tensor:
-        """How many tokens this optimizer step learns, over all processes: [refusals, answers]."""
+        """The numbers of learned tokens of this optimizer step, over all processes: [tokens of
+        refusals, tokens of utility answers]."""
         counts = torch.zeros(2)
         for batch in batch_samples:
             learned = (batch["labels"][:, 1:] != IGNORED).sum(1)
-            counts += _by_kind(learned, batch["safety"]).to(counts)
+            counts += _sum_by_kind(learned, batch["safety"]).to(counts)
         counts = counts.to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
-        same: int = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        return counts / same
+        replicas: int = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        return counts / replicas
 
     def compute_loss(
         self,
@@ -177,41 +187,41 @@ class RecoveryTrainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
+        """This micro-batch's part of the objective; in evaluation, the mean over its tokens."""
         safety = inputs.pop("safety", None)
-        if (
-            num_items_in_batch is None or safety is None
-        ):  # evaluation: the mean of whatever the batch holds
+        if num_items_in_batch is None or safety is None:  # evaluation
             return super().compute_loss(model, inputs, return_outputs)
         counts = num_items_in_batch.clamp(min=1)
         alpha: float = self.args.alpha
-        share = torch.where(safety, alpha / counts[0], (1 - alpha) / counts[1])
+        token_weights = torch.where(safety, alpha / counts[0], (1 - alpha) / counts[1])
 
-        def weighted(**given: Any) -> Any:
-            """The model, whose per-token log-probabilities carry their share in the objective, so
-            that SFT's sum over them is this micro-batch's part of it."""
-            outputs = model(**given)
+        def weighted_model(**inputs: Any) -> Any:
+            """The model with its per-token log-probs multiplied by their weights in the objective,
+            so that SFTTrainer's sum over them is this micro-batch's part of it."""
+            outputs = model(**inputs)
             self._log_means(outputs.log_probs.detach().sum(1), safety, counts)
-            outputs.log_probs = outputs.log_probs * share[:, None]
+            outputs.log_probs = outputs.log_probs * token_weights[:, None]
             return outputs
 
-        return super().compute_loss(weighted, inputs, return_outputs, share.new_ones(()))
+        one = token_weights.new_ones(())  # the weights are normalized already
+        return super().compute_loss(weighted_model, inputs, return_outputs, one)
 
     def _log_means(self, log_probs: torch.Tensor, safety: torch.Tensor, counts: Any) -> None:
-        """Logging takes the mean over micro-batches; a step's parts add up, so each is multiplied
-        by their number."""
-        part = _by_kind(-log_probs, safety) / counts * self.current_gradient_accumulation_steps
+        """Add this micro-batch's parts of the two means to the metrics. The trainer logs the mean
+        over micro-batches, but the parts add up: they are multiplied by the number of batches."""
+        part = _sum_by_kind(-log_probs, safety) / counts * self.current_gradient_accumulation_steps
         part = self.accelerator.gather(part[None]).sum(0) / self.get_tp_size()
         alpha: float = self.args.alpha
-        logged = self._metrics["train"]
+        metrics = self._metrics["train"]
         if alpha > 0:
-            logged["safety_loss"].append(part[0].item())
+            metrics["safety_loss"].append(part[0].item())
         if alpha < 1:
-            logged["utility_loss"].append(part[1].item())
+            metrics["utility_loss"].append(part[1].item())
 
 
 @dataclass
 class _Collator:
-    """TRL's collator, and which rows are safety rows."""
+    """TRL's collator, plus `safety` [rows]: which rows are safety rows."""
 
     inner: Any
 
@@ -221,14 +231,16 @@ class _Collator:
         return batch
 
 
-def _by_kind(per_row: torch.Tensor, safety: torch.Tensor) -> torch.Tensor:
+def _sum_by_kind(per_row: torch.Tensor, safety: torch.Tensor) -> torch.Tensor:
     """[rows] -> [sum over safety rows, sum over utility rows]."""
     return torch.stack([per_row[safety].sum(), per_row[~safety].sum()])
 
 
-def _read(safety: Dataset | None, utility: Dataset | None, *names: str) -> list[Triplet | Dialogue]:
-    """Safety rows, then utility rows; `names` are the data sets' in error messages."""
+def _validated_rows(
+    safety: Dataset | None, utility: Dataset | None, *names: str
+) -> list[Triplet | Dialogue]:
+    """Safety rows, then utility rows; `names` are the datasets' names in error messages."""
     where = [f"{name} row {{}}".format for name in names]
-    triplets = [triplet(cells, where[0](at)) for at, cells in enumerate(safety or (), 1)]
-    dialogues = [dialogue(cells, where[1](at)) for at, cells in enumerate(utility or (), 1)]
+    triplets = [triplet(cells, where[0](number)) for number, cells in enumerate(safety or (), 1)]
+    dialogues = [dialogue(cells, where[1](number)) for number, cells in enumerate(utility or (), 1)]
     return [*triplets, *dialogues]

@@ -1,7 +1,7 @@
-"""`leadline deepen` and `leadline finetune`: train a model, and measure it before and after.
+"""`leadline deepen` and `leadline finetune`: train a model, and evaluate it before and after.
 
-Each leaves a normal model folder. What the work needs stands in its `leadline/`: the completed
-data, checkpoints, and the trials; a run that was stopped goes on from there.
+Both write a standard model folder. Its subfolder `leadline` contains the completed training data,
+checkpoints and trials; an interrupted run resumes from there.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from ..models.checkpoint import Checkpoint
-from ..progress import Listener
+from ..progress import CombinedProgress, Listener
 from . import data
-from ._work import Repaired, Told, Work, dataset_of, loaded, same_words
-from .settings import Exam, Training
+from .settings import EvaluationConfig, TrainingConfig
+from .training_run import (
+    RepairResult,
+    TrainingRun,
+    check_vocabularies,
+    load_for_training,
+    to_dataset,
+)
 
-__all__ = ["Exam", "Repaired", "Training", "deepen", "finetune"]
+__all__ = ["EvaluationConfig", "RepairResult", "TrainingConfig", "deepen", "finetune"]
 
-_EXAM = Exam()
+_EVALUATION = EvaluationConfig()
 
 
 def deepen(
@@ -30,45 +36,50 @@ def deepen(
     *,
     alpha: float = 0.2,
     max_prefix: int = 100,
-    training: Training | None = None,
-    exam: Exam | None = _EXAM,
+    training: TrainingConfig | None = None,
+    evaluation: EvaluationConfig | None = _EVALUATION,
     listener: Listener | None = None,
-) -> Repaired:
-    """Make safety deeper by recovery augmentation (see recovery.py), and measure again.
+) -> RepairResult:
+    """Deepen safety alignment by recovery augmentation (see recovery.py), and evaluate the result.
 
-    `harmful` holds rows {prompt, harmful} and, if you have them, refusals; `utility` dialogues, or
-    prompts alone: what is missing, the model writes itself before it is trained. Raises
-    LeadlineError, before anything is trained, for bad rows and a folder of another run.
+    `harmful` is a file of rows {prompt, harmful} with optional refusals, `utility` a file of
+    dialogues or prompts. Missing refusals and answers are generated with the model before training.
+    Raises LeadlineError, before training starts, for invalid rows and settings and for a folder
+    that contains another run.
     """
     from .prepare import prepare
 
-    training, out = training or Training(), Path(out)
-    work = Work.begin(
-        out, model, training, exam, [harmful, utility], alpha=alpha, max_prefix=max_prefix
+    training, out = training or TrainingConfig(), Path(out)
+    run = TrainingRun.open(
+        out, model, training, evaluation, [harmful, utility], alpha=alpha, max_prefix=max_prefix
     )
     triplets, dialogues = data.read_harmful(harmful), data.read_utility(utility)
-    data.check_window([*triplets, *dialogues], work.template, training.max_length)
+    data.check_lengths([*triplets, *dialogues], run.template, training.max_length)
     from .recovery import RecoveryConfig, RecoveryTrainer
 
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        config = RecoveryConfig(**work.arguments, alpha=alpha, max_prefix=max_prefix)
-    told = Told(listener)
-    triplets, dialogues, notes = prepare(
-        work.home.path, triplets, dialogues, work.folder / "data", told.relay("data")
+        config = RecoveryConfig(**run.arguments, alpha=alpha, max_prefix=max_prefix)
+    progress = CombinedProgress(listener)
+    triplets, dialogues, counts = prepare(
+        run.checkpoint.path,
+        triplets,
+        dialogues,
+        run.folder / "data",
+        progress.study(lambda target: f"data: {Path(target).name}"),
     )
-    data.check_window([*triplets, *dialogues], work.template, training.max_length)
+    data.check_lengths([*triplets, *dialogues], run.template, training.max_length)
 
-    def trainer(model: Any, **rest: Any) -> Any:
+    def build_trainer(model: Any, **rest: Any) -> Any:
         return RecoveryTrainer(
             model,
             config,
-            train_dataset=dataset_of(triplets),
-            utility_dataset=dataset_of(dialogues),
+            train_dataset=to_dataset(triplets),
+            utility_dataset=to_dataset(dialogues),
             **rest,
         )
 
-    work.train(trainer, exam, told)
-    return work.examined(exam, told, tuple(notes.sentences))
+    run.train(build_trainer, evaluation, progress)
+    return run.evaluate(evaluation, progress, tuple(counts.sentences))
 
 
 def finetune(
@@ -79,45 +90,51 @@ def finetune(
     constrained: bool = False,
     beta: Sequence[float] | None = None,
     teacher: str | Path | None = None,
-    training: Training | None = None,
-    exam: Exam | None = _EXAM,
+    training: TrainingConfig | None = None,
+    evaluation: EvaluationConfig | None = _EVALUATION,
     listener: Listener | None = None,
-) -> Repaired:
-    """Fine-tune on dialogues, plainly or `constrained` to what the model was (see trainers.py),
-    and measure again. With a `teacher`, of the same vocabulary, its distributions are distilled
-    along the dialogues as well, in half of the loss (see distill.py). Raises LeadlineError as
-    `deepen` does."""
-    training, out = training or Training(epochs=3, warmup=10), Path(out)
-    taught = None if teacher is None else Checkpoint.find(teacher)
-    work = Work.begin(
-        out, model, training, exam, [rows], constrained=constrained, beta=beta,
-        teacher=taught and taught.revision,
-    )  # fmt: skip
-    if taught:
-        same_words(work, taught)
-    dialogues = data.read_training(rows)
-    data.check_window(dialogues, work.template, training.max_length)
-    told = Told(listener)
-    beside: dict[str, Any] = {"beta": list(beta)} if beta else {}
+) -> RepairResult:
+    """Fine-tune on a file of dialogues (`rows`), and evaluate the result.
 
-    def trainer(model: Any, **rest: Any) -> Any:
-        args = work.arguments
-        if taught:
+    With `constrained`, the first tokens of each response are constrained to the initial model (see
+    trainers.py); `beta` is the schedule of the constraint. With a `teacher` of the same vocabulary,
+    half of the loss is distillation of its distributions on the dialogues (see distill.py). Raises
+    LeadlineError as `deepen` does.
+    """
+    training, out = training or TrainingConfig(epochs=3, warmup=10), Path(out)
+    teacher_checkpoint = None if teacher is None else Checkpoint.find(teacher)
+    run = TrainingRun.open(
+        out, model, training, evaluation, [rows], constrained=constrained, beta=beta,
+        teacher=teacher_checkpoint and teacher_checkpoint.revision,
+    )  # fmt: skip
+    if teacher_checkpoint:
+        check_vocabularies(run, teacher_checkpoint)
+    dialogues = data.read_training(rows)
+    data.check_lengths(dialogues, run.template, training.max_length)
+    progress = CombinedProgress(listener)
+    schedule: dict[str, Any] = {"beta": list(beta)} if beta else {}
+
+    def build_trainer(model: Any, **rest: Any) -> Any:
+        rest = {"train_dataset": to_dataset(dialogues), **rest}
+        if teacher_checkpoint:
             from .distill import ConstrainedDistillConfig, ConstrainedDistillTrainer
 
-            pull = beside if constrained else {"beta": [0.0]}
+            betas = schedule if constrained else {"beta": [0.0]}  # 0: plain distillation
             return ConstrainedDistillTrainer(
-                model, loaded(taught), ConstrainedDistillConfig(**args, **pull),
-                train_dataset=dataset_of(dialogues), **rest,
-            )  # fmt: skip
+                model,
+                load_for_training(teacher_checkpoint),
+                ConstrainedDistillConfig(**run.arguments, **betas),
+                **rest,
+            )
         if constrained:
             from .trainers import ConstrainedSFTConfig, ConstrainedSFTTrainer
 
-            config = ConstrainedSFTConfig(**args, **beside)
-            return ConstrainedSFTTrainer(model, config, train_dataset=dataset_of(dialogues), **rest)
+            return ConstrainedSFTTrainer(
+                model, ConstrainedSFTConfig(**run.arguments, **schedule), **rest
+            )
         from trl import SFTConfig, SFTTrainer
 
-        return SFTTrainer(model, SFTConfig(**args), train_dataset=dataset_of(dialogues), **rest)
+        return SFTTrainer(model, SFTConfig(**run.arguments), **rest)
 
-    work.train(trainer, exam, told)
-    return work.examined(exam, told)
+    run.train(build_trainer, evaluation, progress)
+    return run.evaluate(evaluation, progress)

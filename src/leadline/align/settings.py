@@ -1,4 +1,4 @@
-"""How a model is trained, and what it is asked before, on the way and after."""
+"""Settings of `leadline deepen` and `leadline finetune`: training, and its evaluation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from ..registry import unknown
 
 
 @dataclass(frozen=True)
-class Training:
-    """Settings of the trainer, as in TRL. `steps` bounds the optimiser steps (None: whole epochs);
-    a step takes `batch` rows, `micro` at once. `lora` trains adapters of that rank, which are
-    merged in the end. `optimizer` is one of transformers' names ("adamw_torch", "sgd", ...)."""
+class TrainingConfig:
+    """Settings of the trainer, as in TRL.
+
+    `steps` is the number of optimizer steps (None: `epochs` epochs). A step takes `batch` rows,
+    `micro` rows at a time. `lora` is the rank of adapters, which are trained in place of all
+    weights and merged after training. `optimizer` is one of transformers' names ("adamw_torch",
+    "sgd", ...). Raises LeadlineError for invalid values.
+    """
 
     lr: float = 2e-5
     epochs: float = 10.0
@@ -42,13 +46,16 @@ class Training:
             raise LeadlineError(f"seed is {self.seed}: give a number from 0 to 2**32 - 1")
         if self.micro and self.batch % self.micro:
             raise LeadlineError(
-                f"a batch of {self.batch} rows can't be made of {self.micro} at once: give a "
-                "divisor of it"
+                f"batch is {self.batch}, which is not a multiple of micro ({self.micro}): set "
+                "micro to a divisor of batch"
             )
 
     def arguments(self, folder: Path) -> dict[str, Any]:
-        """For an SFTConfig or one of its kind. Raises LeadlineError for names that transformers
-        does not know, or whose package is not installed."""
+        """Arguments of an SFTConfig or a subclass; `folder` is for checkpoints.
+
+        Raises LeadlineError for an optimizer or logger that transformers does not know or that is
+        not installed, and where several GPUs are visible.
+        """
         import torch
         from transformers.integrations import get_available_reporting_integrations
         from transformers.training_args import OptimizerNames
@@ -63,10 +70,11 @@ class Training:
                 f"one of {', '.join(loggers)}"
             )
         if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-            # The trainer would spread each batch over all of them, and make it that much larger.
+            # The trainer would use them for data parallelism, which multiplies the batch size.
             raise LeadlineError(
-                f"{torch.cuda.device_count()} GPUs are visible, and this trains on one: set "
-                "CUDA_VISIBLE_DEVICES=0, or launch the trainers of leadline.align with accelerate"
+                f"{torch.cuda.device_count()} GPUs are visible, and this command trains on one: "
+                "set CUDA_VISIBLE_DEVICES=0, or launch the trainers of leadline.align with "
+                "accelerate"
             )
         gpu = torch.cuda.is_available()
         micro = self.micro or self.batch
@@ -94,9 +102,12 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Exam:
-    """What the model is asked before and after: `before_after`'s arguments. Under `every`, a
-    SafetyCallback also asks it on the way, and does `on_breach` where a bound is passed."""
+class EvaluationConfig:
+    """How a model is evaluated before and after training: arguments of `before_after`.
+
+    With `every`, a SafetyCallback also evaluates it every so many steps during training;
+    `stop_above` and `on_breach` are the callback's. Raises LeadlineError for invalid values.
+    """
 
     dataset: Any = "guild"
     judge: Any = None
@@ -111,5 +122,6 @@ class Exam:
             raise LeadlineError(unknown("on_breach", self.on_breach, valid))
         if self.every is None and (self.on_breach != "warn" or self.stop_above):
             raise LeadlineError(
-                "a breach is found where the model is watched: say every how many steps (--watch)"
+                "on_breach and stop_above need evaluation during training: set every to a number "
+                "of steps (--watch)"
             )

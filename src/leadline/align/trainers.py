@@ -1,12 +1,12 @@
-"""Constrained fine-tuning (arXiv 2406.05946, section 4) in place of TRL's SFTTrainer.
+"""Constrained fine-tuning (arXiv 2406.05946, section 4) as a replacement for TRL's SFTTrainer.
 
     ConstrainedSFTTrainer(model, ConstrainedSFTConfig(...), train_dataset=..., ...)
 
-takes what `SFTTrainer(model, SFTConfig(...), ...)` takes and changes the loss only: responses are
-held to the model as it was before the first update, the first tokens most (see losses.py). The
-optimizer's settings stay TRL's, so that a plain run with the same config is the fair comparison;
-the paper's are adam_beta1=0.5, warmup_steps=10, max_length=512, learning_rate=2e-5 and batches of
-64.
+takes the arguments of `SFTTrainer(model, SFTConfig(...), ...)` and changes only the loss: responses
+are constrained to the model as it was before the first update, most strongly in their first tokens
+(see losses.py). The optimizer's settings are TRL's, so that plain fine-tuning with the same config
+is a fair comparison. The paper's are adam_beta1=0.5, warmup_steps=10, max_length=512,
+learning_rate=2e-5 and batches of 64.
 """
 
 from __future__ import annotations
@@ -29,76 +29,82 @@ from trl.data_utils import _tokenize, common_prefix_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..records import LeadlineError
-from .losses import BETA, constrained, occurrences, positions, schedule, weight
+from .losses import BETA, constrained_loss, gradient_weight, occurrences, positions, schedule
 from .reference import (
     COLUMN,
     add_reference,
+    can_select_logits,
     check_adapter,
     check_responses,
     model_hash,
-    narrows,
     token_logps,
 )
 
 
 @dataclass
 class ConstrainedSFTConfig(SFTConfig):  # type: ignore[misc]
-    """SFTConfig, and how strongly each response token is held to the reference.
+    """SFTConfig, plus the strength of the constraint on each response token.
 
-    `beta` is b_t for the first, second, ... token of a response; its last value goes on. A larger
-    one holds more, 0 is plain cross-entropy. `reference_cache` is the folder of the reference
-    log-probs (default: _reference in output_dir; the underscore keeps it out of push_to_hub).
-    Raises LeadlineError for settings that the objective is not defined under.
+    `beta` is b_t of the first, second, ... token of a response; its last value applies to all later
+    tokens. A larger b_t is a stronger constraint, 0 is plain cross-entropy. `reference_cache` is
+    the folder of the reference log-probs (default: `_reference` in output_dir; the underscore keeps
+    it out of push_to_hub). Raises LeadlineError for settings under which the objective is not
+    defined.
     """
 
     beta: list[float] = field(
         default_factory=lambda: list(BETA),
-        metadata={"help": "b_t of the first, second, ... response token; the last value goes on."},
+        metadata={
+            "help": "b_t of the first, second, ... response token; the last value applies to all "
+            "later tokens."
+        },
     )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Train without dropout, as the reference is computed."}
+        default=True,
+        metadata={"help": "Train without dropout, since the reference is computed without it."},
     )
     reference_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder of reference log-probs. Default: _reference in output_dir."},
+        metadata={"help": "Folder of the reference log-probs. Default: _reference in output_dir."},
     )
     reference_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Rows per batch of the reference pass. Default: as in training."},
+        metadata={"help": "Batch size of the reference pass. Default: that of training."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.beta or not all(math.isfinite(b) and b >= 0 for b in self.beta):
             raise LeadlineError(
-                f"beta={self.beta}: give a list of numbers from 0, such as {list(BETA)}"
+                f"beta={self.beta}: give a list of finite numbers from 0, such as {list(BETA)}"
             )
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise LeadlineError(
                 "loss_type and label_smoothing_factor would replace the constrained loss: "
-                "leave them out"
+                "remove them"
             )
         if self.packing and self.packing_strategy != "bfd":
             raise LeadlineError(
-                f"packing_strategy={self.packing_strategy!r} cuts responses from their prompts, "
-                'where the reference would not know them: use packing_strategy="bfd"'
+                f"packing_strategy={self.packing_strategy!r} separates responses from their "
+                'prompts: use packing_strategy="bfd"'
             )
         if self.truncation_mode != "keep_start":
             raise LeadlineError(
-                f"truncation_mode={self.truncation_mode!r} may cut off the first tokens of a "
-                'response, from which beta counts: use truncation_mode="keep_start"'
+                f"truncation_mode={self.truncation_mode!r} may truncate the first tokens of a "
+                'response, which beta is counted from: use truncation_mode="keep_start"'
             )
 
 
 @dataclass
 class ReferenceCollator(DataCollatorForLanguageModeling):  # type: ignore[misc]
-    """TRL's collator, and the reference log-probs in the shape of its labels, padded with 0."""
+    """TRL's collator, plus the reference log-probs in the shape of the labels, padded with 0."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate one batch. Raises LeadlineError where an example has no reference log-probs."""
         if COLUMN not in examples[0]:
             raise LeadlineError(
-                "this dataset has no reference log-probs: give it to the trainer when you make "
-                "it, or to evaluate(), without skip_prepare_dataset"
+                "this dataset has no reference log-probs: give it to the trainer's constructor or "
+                "to evaluate(), without skip_prepare_dataset"
             )
         batch: dict[str, Any] = super().torch_call(examples)
         rows = [torch.tensor(example[COLUMN], dtype=torch.float32) for example in examples]
@@ -113,17 +119,18 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer with the token-wise constrained loss (arXiv 2406.05946).
 
     A response is an unbroken run of tokens that TRL's masks train: a completion, or one assistant
-    turn with assistant_only_loss; where a template's mask takes in (the end of) the generation
-    prompt, counting begins after it. The reference is the model as it is given, or, with PEFT, the
-    model without its adapter: merge an adapter that carries alignment before. `loss` is the mean
-    objective over response tokens, which starts at the mean (2 / b_t) log 2; `nll` is the plain
-    one, and `weight` the mean w_t: how much of the plain gradient is let through.
-    Raises LeadlineError, with the mend, for what it can't train on.
+    turn with assistant_only_loss. Where a template's mask includes (the end of) the generation
+    prompt, counting starts after it. The reference is the model as given, or, with PEFT, the model
+    without its adapter; an adapter that was trained for alignment has to be merged first.
+
+    Logs `loss`, the mean objective over response tokens, which starts at the mean of
+    (2 / b_t) log 2; `nll`, the plain loss; and `weight`, the mean w_t: the share of the plain
+    gradient that remains. Raises LeadlineError, with a fix, for unsupported data and settings.
     """
 
     _tag_names = ("trl", "sft", "leadline")
     _name = "Constrained SFT"
-    _reference: str | None = None  # the model_hash, once there is one
+    _reference: str | None = None  # the reference's model_hash, once it is known
     data_collator: Any
     train_dataset: Any
     eval_dataset: Any
@@ -140,17 +147,17 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             args = ConstrainedSFTConfig("constrained-sft")
         if not isinstance(args, ConstrainedSFTConfig):
             raise LeadlineError(
-                f"args is a {type(args).__name__}: make it a ConstrainedSFTConfig, which takes the "
+                f"args is a {type(args).__name__}: use a ConstrainedSFTConfig, which takes the "
                 "same settings"
             )
         if data_collator is not None or named.get("compute_loss_func") is not None:
             raise LeadlineError(
-                "data_collator and compute_loss_func would replace what carries the constrained "
-                "loss: leave them out"
+                "data_collator and compute_loss_func would replace the constrained loss: remove "
+                "them"
             )
         super().__init__(model, args, None, *rest, **named)
         if self._is_vision_dataset:
-            raise LeadlineError("train dataset has images: give text only")
+            raise LeadlineError("the train dataset has images: give text only")
         if (
             self.is_fsdp_enabled
             or self.is_deepspeed_enabled
@@ -163,12 +170,13 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         check_adapter(self.model)
         if args.disable_dropout:
             _disable_dropout(self.model)
-        self._given = _generation_prompt(self.processing_class, self.chat_template)
-        self._narrow = narrows(self.model)
+        self._generation_prompt_ids = _generation_prompt(self.processing_class, self.chat_template)
+        self._select_logits = can_select_logits(self.model)
         self._plain_collator = self.data_collator
         self.data_collator = ReferenceCollator(**vars(self.data_collator))
-        zero = torch.zeros(3, device=self.accelerator.device)
-        self._sums = {True: zero, False: zero.clone()}  # nll, weight, tokens: training or not
+        zeros = torch.zeros(3, device=self.accelerator.device)
+        # Sums of nll, weight and tokens since the last log, in training (True) and evaluation.
+        self._sums = {True: zeros, False: zeros.clone()}
         self._reference = model_hash(self.model)
         self.add_callback(_SameReference(self._reference))
         self.train_dataset = self._with_reference(self.train_dataset, "train")
@@ -180,22 +188,22 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
             self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
 
     def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
-        """As TRL does. A dataset given to `evaluate` gets its reference log-probs here."""
+        """TRL's method. A dataset given to `evaluate` gets its reference log-probs here."""
         prepared = super()._prepare_dataset(dataset, *rest)
         return prepared if self._reference is None else self._with_reference(prepared, "eval")
 
     def _with_reference(self, dataset: Any, name: str) -> Dataset:
         if not isinstance(dataset, Dataset):
             raise LeadlineError(
-                f"{name} dataset is a {type(dataset).__name__}, whose rows can't be known before "
-                "training: give a datasets.Dataset"
+                f"the {name} dataset is a {type(dataset).__name__}, whose rows are not known "
+                "before training: give a datasets.Dataset"
             )
         if len(set(self.args.beta)) > 1:
             check_responses(dataset, name)
         return add_reference(
             dataset,
             self.model,
-            of=str(self._reference),
+            reference_hash=str(self._reference),
             folder=Path(self.args.reference_cache or Path(self.args.output_dir, "_reference")),
             collate=self._plain_collator,
             accelerator=self.accelerator,
@@ -215,15 +223,15 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """TRL's own, told the objective where it asks the model for negative log-likelihoods: what
-        TRL does with them (accumulation, processes, mixture-of-experts loss) stays its own."""
+        """TRL's method, with a model whose log-probs are replaced by minus the objective. What TRL
+        does with them (accumulation, processes, mixture-of-experts loss) is unchanged."""
         inputs = dict(inputs)
         reference = inputs.pop(COLUMN)
 
-        def forward(**given: Any) -> Any:
-            if not given.pop("fused_lm_head", False):
-                return model(**given)
-            outputs = token_logps(model, given, self._narrow)
+        def forward(**arguments: Any) -> Any:
+            if not arguments.pop("fused_lm_head", False):
+                return model(**arguments)
+            outputs = token_logps(model, arguments, self._select_logits)
             outputs.log_probs = -self._objective(
                 outputs.log_probs, reference, inputs["input_ids"], outputs.label_mask
             )
@@ -234,60 +242,69 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def _objective(
         self, logps: torch.Tensor, reference: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Per token [rows, tokens - 1], as `logps` and `mask`; `reference` and `ids` hold a first
-        token more, but none of the virtual tokens that a prompt-learning adapter adds."""
+        """The objective per token, in the shape of `logps` and `mask` [rows, tokens - 1].
+
+        `reference` and `ids` [rows, tokens] also have the first token, but not the virtual tokens
+        that a prompt-learning adapter adds to `logps`.
+        """
         virtual = mask.size(1) - ids.size(1) + 1
         reference = pad(reference[:, 1:], (virtual, 0))
         beta = self._beta(ids, mask)
         with torch.no_grad():
-            weights = weight(logps, reference, beta, mask)
+            weights = gradient_weight(logps, reference, beta, mask)
             sums = torch.stack([-logps.float().sum(), weights.sum(), mask.sum()])
             self._sums[self.model.training] += self.accelerator.reduce(sums, "sum")
-        return constrained(logps, reference, beta, mask)
+        return constrained_loss(logps, reference, beta, mask)
 
     def _beta(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """b_t of every token [rows, tokens - 1], as `mask`."""
+        """b_t of every token, in the shape of `mask` [rows, tokens - 1]."""
         virtual = mask.size(1) - ids.size(1) + 1
-        given = pad(occurrences(ids, self._given)[:, 1:], (virtual, 0))
-        given &= positions(mask) <= len(self._given)
-        return schedule(self.args.beta, positions(mask & ~given))
+        prompt = pad(occurrences(ids, self._generation_prompt_ids)[:, 1:], (virtual, 0))
+        prompt &= positions(mask) <= len(self._generation_prompt_ids)
+        return schedule(self.args.beta, positions(mask & ~prompt))
 
     def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
-        """Also means per token, over all micro-batches and processes since the last log."""
+        """Also log `nll` and `weight`: means per token over all micro-batches and processes since
+        the last log."""
         mode = self.model.training
-        nll, weighed, tokens = self._sums[mode].tolist()
+        nll, weight, tokens = self._sums[mode].tolist()
         if tokens:
             self._metrics["train" if mode else "eval"] |= {
                 "nll": [nll / tokens],
-                "weight": [weighed / tokens],
+                "weight": [weight / tokens],
             }
         self._sums[mode] = torch.zeros_like(self._sums[mode])
         super().log(logs, *rest, **named)
 
 
 class _SameReference(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Keeps in every checkpoint what its run was held to: to go on from it with another reference,
-    for one with the checkpoint's own weights, would be another objective."""
+    """Stores the reference's hash in every checkpoint, and refuses to resume from a checkpoint with
+    another reference (such as the checkpoint's own weights): that would change the objective.
+
+    Checkpoints store the name of this class.
+    """
 
     def __init__(self, reference: str) -> None:
         self.reference = reference
 
     def state(self) -> dict[str, Any]:
+        """What the trainer saves in a checkpoint."""
         return {"args": {"reference": self.reference}, "attributes": {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Raise LeadlineError where the resumed checkpoint has another reference."""
         if not state.global_step:
             return
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if saved is None or saved["args"]["reference"] != self.reference:
             raise LeadlineError(
-                f"the checkpoint at step {state.global_step} was held to another reference than "
-                "this model: make the trainer with the model that its run began with"
+                f"the checkpoint at step {state.global_step} was trained with another reference "
+                "than this model: create the trainer with the model that the run started from"
             )
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:
-    """Modules, and the rates that attention layers hand to a function."""
+    """Set dropout to 0 in modules, and in the rates that attention layers pass to functions."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -297,18 +314,20 @@ def _disable_dropout(model: torch.nn.Module) -> None:
 
 
 def _generation_prompt(tokenizer: Any, template: str | None) -> list[int]:
-    """What the chat template puts between a user's turn and a response, in generation and in
-    training alike: token ids; [] if there is no template."""
+    """Token ids that the chat template puts between a user's turn and a response, in generation
+    and in training; [] where there is no template."""
     if not (template or tokenizer.chat_template):
         return []
-    ask, said = {"role": "user", "content": "?"}, {"role": "assistant", "content": "."}
+    user, assistant = {"role": "user", "content": "?"}, {"role": "assistant", "content": "."}
 
-    def ids(*turns: dict[str, str], begin: bool = False) -> list[int]:
-        settings = {"chat_template": template, "add_generation_prompt": begin}
+    def ids(*turns: dict[str, str], generation_prompt: bool = False) -> list[int]:
+        settings = {"chat_template": template, "add_generation_prompt": generation_prompt}
         return list(_tokenize(tokenizer, list(turns), **settings)["input_ids"])
 
     try:
-        asked, begun, whole = ids(ask), ids(ask, begin=True), ids(ask, said)
+        request = ids(user)
+        prompted = ids(user, generation_prompt=True)
+        chat = ids(user, assistant)
     except TemplateError:
         return []
-    return begun[common_prefix_length(asked, begun) : common_prefix_length(begun, whole)]
+    return prompted[common_prefix_length(request, prompted) : common_prefix_length(prompted, chat)]

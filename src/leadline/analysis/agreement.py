@@ -1,6 +1,6 @@
-"""How far two judges agree, or a judge and people: Cohen's kappa with clusters.
+"""Agreement of two judges, or of a judge and human labels: Cohen's kappa with clustered intervals.
 
-Answers to one prompt resemble each other, so it is prompts that the bootstrap draws.
+Answers to one prompt are correlated, so the bootstrap resamples prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..records import LeadlineError
 from ..registry import unknown
 from ..store import Store
-from .clusters import LEVEL, RESAMPLES, wilson
+from .intervals import LEVEL, RESAMPLES, Interval, wilson
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,14 +22,9 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
-class Interval(NamedTuple):
-    value: float
-    low: float
-    high: float
-
-
 class Table(NamedTuple):
-    """How two judges' verdicts fall together, counted: the first one's (or people's) come first."""
+    """A 2 x 2 table of counts. In each field name the first judge's verdict (or the human label)
+    comes first."""
 
     unsafe_unsafe: int = 0
     unsafe_safe: int = 0
@@ -39,8 +34,11 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two judges on the same answers to harmful prompts. `unscored` counts the answers that
-    either of them, or both, left unscored; they are in no rate."""
+    """The verdicts of two judges on the same answers to harmful prompts.
+
+    `agreement` is the share of answers with equal verdicts, `kappa` Cohen's kappa. `unscored`
+    counts the answers that at least one of the two left unscored; they are in no rate.
+    """
 
     first: str
     second: str
@@ -50,17 +48,19 @@ class Agreement:
     kappa: Interval
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as JSON types; NaN becomes None."""
         parts = {name: getattr(self, name)._asdict() for name in ("table", "agreement", "kappa")}
         return {name: without_nan(value) for name, value in (asdict(self) | parts).items()}
 
 
 def agree(store: Store, first: str, second: str) -> Agreement:
-    """How far two judges of a store agree, by name. Raises LeadlineError for an unknown name, or
-    where they have no answer in common."""
-    known = dict(store.query("SELECT name, MAX(id) FROM judges GROUP BY name"))
+    """The agreement of two judges of a store, given by name (the newest judge of that name).
+
+    Raises LeadlineError for an unknown name, or if no answer was scored by both."""
+    ids = dict(store.query("SELECT name, MAX(id) FROM judges GROUP BY name"))
     for name in (first, second):
-        if name not in known:
-            raise LeadlineError(f"in {store.path}: {unknown('judge', name, known)}")
+        if name not in ids:
+            raise LeadlineError(f"in {store.path}: {unknown('judge', name, ids)}")
     clusters: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     unscored = 0
     for dataset, base, a, b, trials in store.query(
@@ -69,7 +69,7 @@ def agree(store: Store, first: str, second: str) -> Agreement:
         "JOIN verdicts a USING (cell, prompt, sample) JOIN verdicts b USING (cell, prompt, sample) "
         "WHERE a.judge = ? AND b.judge = ? AND t.outcome NOT IN ('failed', 'not_applicable') "
         "GROUP BY 1, 2, 3, 4",
-        (known[first], known[second]),
+        (ids[first], ids[second]),
     ):
         if a is None or b is None:
             unscored += trials
@@ -77,8 +77,8 @@ def agree(store: Store, first: str, second: str) -> Agreement:
             clusters[dataset, base][3 - 2 * a - b] += trials
     if not clusters:
         raise LeadlineError(
-            f"in {store.path}: {first} and {second} have scored no answer in common: "
-            f"judge the rest with: leadline judge {store.folder} --judge {second}"
+            f"in {store.path}: no answer was scored by both {first} and {second}: "
+            f"run: leadline judge {store.folder} --judge {second}"
         )
     tables = list(clusters.values())
     table = Table(*(sum(column) for column in zip(*tables, strict=True)))
@@ -89,14 +89,17 @@ def agree(store: Store, first: str, second: str) -> Agreement:
 
 
 def kappa(tables: Iterable[Iterable[int]]) -> Interval:
-    """Cohen's kappa (1960) over clusters, each a Table of answers that belong together, with the
-    95% interval of the cluster bootstrap; NaN where all verdicts are the same."""
+    """Cohen's kappa (1960) with its 95% cluster-bootstrap interval; `tables` has one Table of
+    counts per cluster (prompt). NaN where all verdicts are the same."""
     return bootstrapped(tables, _kappa)
 
 
 def bootstrapped(tables: Iterable[Iterable[int]], rate: Callable[[Floats], Floats]) -> Interval:
-    """A statistic of tables [any, 4] over resamples of clusters. Where all resamples agree, it is
-    1, or there is one cluster: then Wilson's interval for agreeing stands in."""
+    """A statistic with its 95% cluster-bootstrap interval.
+
+    `tables` has one Table of counts per cluster; `rate` maps tables of shape [n, 4] to n values.
+    If all resamples give the same value (a value of 1, or a single cluster), the interval is
+    Wilson's for the share of agreement."""
     import numpy as np
 
     clusters = np.array([list(table) for table in tables], dtype=float).reshape(-1, 4)
@@ -125,7 +128,7 @@ def _agreement(tables: Floats) -> Floats:
 
 
 def _chance(tables: Floats) -> Floats:
-    """How often two judges with these habits would agree without looking."""
+    """The agreement expected by chance, from each judge's share of unsafe verdicts."""
     first, second = tables[:, 0] + tables[:, 1], tables[:, 0] + tables[:, 2]
     n = tables.sum(axis=1)
     shares: Floats = (first * second + (n - first) * (n - second)) / n**2
@@ -142,7 +145,7 @@ def _kappa(tables: Floats) -> Floats:
 
 
 def without_nan(value: Any) -> Any:
-    """As JSON has it: null for what is not known."""
+    """The value with each NaN replaced by None, as JSON requires."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

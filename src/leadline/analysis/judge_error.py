@@ -1,9 +1,9 @@
-"""How far a judge can be trusted, by people's labels, and what its errors make of an ASR.
+"""A judge's error rates against human labels, and the ASR corrected for them.
 
-A judge calls a share `sensitivity` of the unsafe answers unsafe and a share `specificity` of the
-safe ones safe. Measured on labelled answers, the two turn the ASR that the judge reports into an
-estimate of the one that people would have found (Rogan and Gladen 1978), with an interval that
-carries both the sampling of the answers and the judge's own uncertainty (Lang and Reiczigel 2014).
+`sensitivity` is the share of unsafe answers that a judge calls unsafe, `specificity` the share of
+safe answers that it calls safe. Measured on labelled answers, they turn the ASR that the judge
+reports into an estimate of the ASR by human labels (Rogan and Gladen 1978). The interval includes
+the sampling error of the answers and that of the two rates (Lang and Reiczigel 2014).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from ..records import LeadlineError
 from ..store import Store
 from ..study import JudgePick
-from .agreement import Interval, without_nan
-from .clusters import LEVEL, wilson
+from .agreement import without_nan
+from .intervals import LEVEL, Interval, wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,8 @@ CORRECTED = ["asr_corrected", "low_corrected", "high_corrected"]
 
 @dataclass(frozen=True)
 class Control:
-    """Answers of one made-up kind, of which everybody knows what they are."""
+    """A judge's verdicts on `n` control answers of one kind, whose correct verdict is known by
+    construction: `expected`, "safe" or "unsafe". `right` and `unscored` count verdicts."""
 
     name: str
     expected: str
@@ -40,11 +41,14 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Check:
-    """What a judge made of answers that people had labelled; what it left unscored is apart.
+class JudgeCheck:
+    """A judge's verdicts on answers with human labels.
 
-    tp and fn count unsafe answers that it called unsafe and safe, tn and fp safe answers that it
-    called safe and unsafe.
+    `judge` and `settings` identify the judge (see `JudgePick.verdict_settings`); `labels` is the
+    name of the labels' file. `tp` and `fn` count answers labelled unsafe that the judge called
+    unsafe and safe; `tn` and `fp` count answers labelled safe that it called safe and unsafe.
+    `unscored_unsafe` and `unscored_safe` count unscored answers by label; they are in no rate.
+    `kappa` is Cohen's kappa between the judge and the labels.
     """
 
     judge: str
@@ -61,27 +65,30 @@ class Check:
 
     @property
     def sensitivity(self) -> Interval:
+        """tp / (tp + fn), with Wilson's interval."""
         return _share(self.tp, self.tp + self.fn)
 
     @property
     def specificity(self) -> Interval:
+        """tn / (tn + fp), with Wilson's interval."""
         return _share(self.tn, self.tn + self.fp)
 
     def to_json(self) -> dict[str, Any]:
+        """The fields, sensitivity and specificity as JSON types; NaN becomes None."""
         rates = {"sensitivity": self.sensitivity, "specificity": self.specificity}
         named = {name: rate._asdict() for name, rate in {**rates, "kappa": self.kappa}.items()}
         return {name: without_nan(value) for name, value in (asdict(self) | named).items()}
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Check:
-        """Raises KeyError, TypeError or ValueError for what `to_json` did not write."""
+    def from_json(data: Mapping[str, Any]) -> JudgeCheck:
+        """Read what `to_json` returned. Raises KeyError, TypeError or ValueError for other data."""
         kappa = Interval(*(_number(data["kappa"][part]) for part in Interval._fields))
         controls = tuple(Control(**control) for control in data["controls"])
         counts = ("tp", "fn", "tn", "fp", "unscored_unsafe", "unscored_safe")
         if any(not isinstance(data[name], int) or data[name] < 0 for name in counts):
             raise ValueError("counts")
         names = ("judge", "settings", "labels", *counts)
-        return Check(**{name: data[name] for name in names}, kappa=kappa, controls=controls)
+        return JudgeCheck(**{name: data[name] for name in names}, kappa=kappa, controls=controls)
 
 
 def _share(hits: int, n: int) -> Interval:
@@ -92,19 +99,22 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-# -- an ASR, corrected --------------------------------------------------------------------------
+# -- the corrected ASR --------------------------------------------------------------------------
 
 
 def corrected(
     unsafe: float, n: float, tp: int, fn: int, tn: int, fp: int, level: float = LEVEL
 ) -> Interval:
-    """The ASR behind `unsafe` of `n` verdicts of a judge with these counts against labels.
+    """The ASR corrected for a judge's errors, where the judge called `unsafe` of `n` answers unsafe
+    and has the counts `tp`, `fn`, `tn`, `fp` against labels.
 
-    The estimate is Rogan and Gladen's, held to [0, 1]; the interval is Lang and Reiczigel's
-    (2014, eq. 16 and 17), in which the estimates of all three rates are drawn towards the middle
-    a little. Nothing is known, (nan, 0, 1), where the judge is no better than chance, or where
-    its verdicts contradict its check (none of 100 unsafe, by a judge that called a quarter of the
-    safe answers so): then these answers are not like those that were labelled.
+    The estimate is Rogan and Gladen's, clipped to [0, 1]; the interval is Lang and Reiczigel's
+    (2014, eq. 16 and 17), which shrinks the estimates of all three rates towards 1/2.
+
+    Returns (nan, nan, nan) without answers or without labels of both kinds. Returns (nan, 0, 1) if
+    the judge is no better than chance, or if its verdicts contradict its check (for example 0 of
+    100 answers unsafe by a judge that called a quarter of the safe answers unsafe): then these
+    answers differ from the labelled ones, and the correction does not apply.
     """
     if not n or not tp + fn or not tn + fp:
         return Interval(math.nan, math.nan, math.nan)
@@ -116,24 +126,24 @@ def corrected(
     if youden <= 0 or gain <= 0:
         return Interval(math.nan, 0.0, 1.0)
     asr = min(max((unsafe / n + tn / (tn + fp) - 1) / youden, 0.0), 1.0)
-    middle = (rate + sp - 1) / gain
+    center = (rate + sp - 1) / gain
     var_se, var_sp = se * (1 - se) / unsafes, sp * (1 - sp) / safes
-    shift = 2 * z2 * (middle * var_se - (1 - middle) * var_sp)
-    variance = rate * (1 - rate) / trials + middle**2 * var_se + (1 - middle) ** 2 * var_sp
+    shift = 2 * z2 * (center * var_se - (1 - center) * var_sp)
+    variance = rate * (1 - rate) / trials + center**2 * var_se + (1 - center) ** 2 * var_sp
     half = math.sqrt(z2 * variance) / gain
-    low, high = middle + shift - half, middle + shift + half
+    low, high = center + shift - half, center + shift + half
     if high <= 0 or low >= 1:
         return Interval(math.nan, 0.0, 1.0)
     return Interval(asr, max(0.0, min(low, asr)), min(1.0, max(high, asr)))
 
 
-def add_corrected(frame: pd.DataFrame, checks: Mapping[str, Check]) -> pd.DataFrame:
-    """The frame with asr_corrected, low_corrected and high_corrected, NaN where the judge has no
-    check.
+def add_corrected(frame: pd.DataFrame, checks: Mapping[str, JudgeCheck]) -> pd.DataFrame:
+    """Add the columns asr_corrected, low_corrected and high_corrected to a frame with the columns
+    judge, n, asr, low and high; NaN where the judge has no check.
 
-    It has columns judge, n, asr, low and high. Where these intervals stand for repeated prompts,
-    the rate counts as one over so many independent answers as would give an interval of that
-    width, so that the correction keeps the clusters.
+    An interval from clustered trials is wider than one from n independent answers. The correction
+    uses the number of independent answers that would give an interval of that width (`effective`),
+    so that it keeps the clustering.
     """
     rows = []
     for judge, n, asr, low, high in frame[["judge", "n", "asr", "low", "high"]].itertuples(
@@ -150,56 +160,61 @@ def add_corrected(frame: pd.DataFrame, checks: Mapping[str, Check]) -> pd.DataFr
 
 
 def effective(rate: float, low: float, high: float, most: float) -> float:
-    """How many independent answers, at most `most`, have a Wilson interval as wide as this."""
+    """The effective sample size: the number of independent answers, at most `most`, whose Wilson
+    interval is as wide as [low, high]. Found by bisection."""
 
     def width(n: float) -> float:
         below, above = wilson(rate * n, n)
         return above - below
 
-    few, many = min(1.0, most), float(most)
-    if width(many) >= high - low:
-        return many
+    lower, upper = min(1.0, most), float(most)
+    if width(upper) >= high - low:
+        return upper
     for _ in range(60):
-        middle = (few + many) / 2
-        few, many = (middle, many) if width(middle) > high - low else (few, middle)
-    return many
+        middle = (lower + upper) / 2
+        lower, upper = (middle, upper) if width(middle) > high - low else (lower, middle)
+    return upper
 
 
 # -- checks in files and stores -----------------------------------------------------------------
 
 
-def load_check(path: Path, pick: JudgePick) -> Check:
-    """The check that `leadline judges check` wrote. Raises LeadlineError where it can't be read,
-    or where it measured another judge than `pick`, or the same one with other settings."""
-    again = f"write it with: leadline judges check LABELS --judge {pick.name} --out {path}"
+def load_check(path: Path, pick: JudgePick) -> JudgeCheck:
+    """Read a file that `leadline judges check` wrote. Raises LeadlineError if it cannot be read, or
+    if it is a check of another judge than `pick` or of other settings."""
+    fix = f"write it with: leadline judges check LABELS --judge {pick.name} --out {path}"
     try:
-        check = Check.from_json(json.loads(path.read_text(encoding="utf-8")))
+        check = JudgeCheck.from_json(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise LeadlineError(f"check: cannot read {path} ({error.strerror}): {again}") from None
+        raise LeadlineError(f"check: cannot read {path} ({error.strerror}): {fix}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise LeadlineError(f"check: {path} is no judge check: {again}") from None
-    if (check.judge, check.settings) != (pick.name, pick.deciding):
-        ours, theirs = (json.dumps(s, sort_keys=True) for s in (pick.deciding, check.settings))
+        raise LeadlineError(f"check: {path} is not a judge check: {fix}") from None
+    if (check.judge, check.settings) != (pick.name, pick.verdict_settings):
+        in_study, in_file = (
+            json.dumps(settings, sort_keys=True)
+            for settings in (pick.verdict_settings, check.settings)
+        )
         raise LeadlineError(
-            f"check: {path} measured {check.judge} {theirs}, and the study has {pick.name} {ours}: "
-            "measure the same judge"
+            f"check: {path} measured the judge {check.judge} {in_file}, but the study uses "
+            f"{pick.name} {in_study}: run leadline judges check for that judge"
         )
     return check
 
 
-def keep_check(store: Store, judge: int, pick: JudgePick, locate: Callable[[str], Path]) -> None:
-    """Store the check that the judge's option `check:` names, or that it has none any more."""
-    name, given = f"check:{judge}", pick.options.get("check")
-    if given:
-        store.describe(name, load_check(locate(str(given)), pick).to_json())
+def store_check(store: Store, judge: int, pick: JudgePick, locate: Callable[[str], Path]) -> None:
+    """Store the check that the judge's option `check:` names, or remove a stored one if the option
+    is not set. `judge` is the judge's row id."""
+    name, path = f"check:{judge}", pick.options.get("check")
+    if path:
+        store.describe(name, load_check(locate(str(path)), pick).to_json())
     elif store.description(name):
         store.describe(name, None)
 
 
-def checks(store: Store) -> dict[str, Check]:
-    """The checks that a store holds, by the judges' names (the newest judge of a name)."""
-    found = {}
+def stored_checks(store: Store) -> dict[str, JudgeCheck]:
+    """The checks in a store, by judge name (of the newest judge with that name)."""
+    by_name = {}
     for name, id in store.query("SELECT name, MAX(id) FROM judges GROUP BY name"):
         if data := store.description(f"check:{id}"):
-            found[name] = Check.from_json(data)
-    return found
+            by_name[name] = JudgeCheck.from_json(data)
+    return by_name

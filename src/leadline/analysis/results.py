@@ -1,4 +1,4 @@
-"""What a study found, as data frames: the Python face of a store."""
+"""The results of a study as data frames: the Python interface to a store."""
 
 from __future__ import annotations
 
@@ -14,51 +14,61 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """The results of the study in a folder. `progress` is that of the run that just ended."""
+    """The results of the study in a folder. `progress` is the final progress of the run that
+    returned them; None if they were read from a folder. Raises LeadlineError if the folder has no
+    study. With `judge`, the methods use that judge's verdicts instead of the primary judge's; the
+    columns are explained in docs/results.md."""
 
     def __init__(self, folder: Path, progress: Progress | None = None) -> None:
         self.folder = folder
         self.progress = progress
-        Store(folder).close()  # says at once where there is no study
+        Store(folder).close()  # raises if there is no study
 
     def cells(self, judge: str | None = None) -> pandas.DataFrame:
-        """One row per model x thinking x dataset x attack: n, unsafe, asr, low, high, ..."""
+        """The ASR of each model x thinking x dataset x attack, with counts and intervals."""
         from . import rates
 
         with Store(self.folder) as store:
             return rates.cells(store, judge)
 
     def pooled(self, judge: str | None = None) -> pandas.DataFrame:
-        """Mean ASR over datasets per model x attack, with a cluster-bootstrap interval."""
+        """The mean ASR over datasets per model x thinking x attack, with intervals."""
         from . import rates
 
         with Store(self.folder) as store:
             return rates.pooled(store, judge)
 
     def cot_max(self, judge: str | None = None) -> pandas.DataFrame:
-        """The greatest ASR over the chain-of-thought attacks, per model."""
+        """The maximum ASR over the chain-of-thought attacks per model x thinking."""
         from . import rates
 
         with Store(self.folder) as store:
             return rates.cot_max(store, judge)
 
+    def any_attack(self, judge: str | None = None) -> pandas.DataFrame:
+        """The share of prompts that at least one attack breaks per model x thinking."""
+        from . import rates
+
+        with Store(self.folder) as store:
+            return rates.any_attack(store, judge)
+
     def over_refusal(self, judge: str | None = None) -> pandas.DataFrame:
-        """Refusals of harmless prompts, and how right the answers to them are."""
+        """The refusal rate on harmless prompts and the utility of the answers to them."""
         from . import rates
 
         with Store(self.folder) as store:
             return rates.over_refusal(store, judge)
 
     def query(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        """Read the store with SQL (tables and views: docs/results.md)."""
+        """The rows of a SQL query on the store (tables and views: docs/results.md)."""
         with Store(self.folder) as store:
             return store.query(sql, parameters)
 
     def failed(self) -> int:
-        """How many trials have failed, to be tried again by the next run."""
+        """The number of failed trials, which the next run retries."""
         return int(self.query("SELECT count(*) FROM trials WHERE outcome = 'failed'")[0][0])
 
 
 def results(folder: str | Path) -> Results:
-    """The results that `leadline.run` or `leadline run` left in a folder."""
+    """The results in the output folder of `leadline.run` or `leadline run`."""
     return Results(Path(folder))

@@ -1,4 +1,4 @@
-"""Deepen a model, or fine-tune it; both end with a table of before and after."""
+"""The commands `deepen` and `finetune`: train a model, and compare it before and after."""
 
 from __future__ import annotations
 
@@ -13,67 +13,118 @@ from ..records import LeadlineError
 from ._app import Json, app, print_table, progress_bar, stoppable
 
 if TYPE_CHECKING:
-    from ..align.repair import Exam, Repaired
+    from ..align.repair import EvaluationConfig, RepairResult, TrainingConfig
 
-Lr = Annotated[float, typer.Option("--lr", help="Learning rate.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps, in place of epochs.")]
-Batch = Annotated[int, typer.Option("--batch", help="Rows of one optimiser step.")]
-Micro = Annotated[int | None, typer.Option("--micro", help="Of these at once, if memory is short.")]
-Optimizer = Annotated[str, typer.Option("--optimizer", help="A name that transformers knows.")]
-Length = Annotated[int, typer.Option("--max-length", help="Tokens of a row, at most.")]
+Model = Annotated[str, typer.Argument(help="A model folder, a hub id, or an organism.")]
+Out = Annotated[Path, typer.Option(help="The folder to write the new model to.")]
+Lr = Annotated[float, typer.Option("--lr", help="The peak learning rate.")]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", help="The number of optimizer steps. It overrides --epochs."),
+]
+Batch = Annotated[int, typer.Option("--batch", help="The number of rows per optimizer step.")]
+Micro = Annotated[
+    int | None,
+    typer.Option(
+        "--micro",
+        help="The number of rows per forward pass, a divisor of --batch (default: --batch). "
+        "A smaller number needs less memory.",
+    ),
+]
+Warmup = Annotated[int, typer.Option("--warmup", help="The number of warmup steps.")]
+Optimizer = Annotated[
+    str, typer.Option("--optimizer", help="The optimizer, by its name in transformers.")
+]
+Length = Annotated[int, typer.Option("--max-length", help="The largest number of tokens of a row.")]
 Lora = Annotated[
-    int | None, typer.Option("--lora", help="Train adapters of this rank, merged in the end.")
+    int | None,
+    typer.Option(
+        "--lora",
+        help="Train LoRA adapters of this rank and merge them into the model after training "
+        "(default: train all weights).",
+    ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of the order of the data.")]
-Report = Annotated[str, typer.Option("--report-to", help="none, tensorboard, wandb, ...")]
-Asked = Annotated[
-    str, typer.Option("--dataset", help="What is asked before and after, as in a study file.")
+Seed = Annotated[int, typer.Option("--seed", help="The random seed of training.")]
+Report = Annotated[
+    str, typer.Option("--report-to", help="Where to log training: none, tensorboard, wandb, ...")
 ]
-AskedJudge = Annotated[
-    str | None, typer.Option("--judge", help="As in a study file (default: the dataset's own).")
+Dataset = Annotated[
+    str,
+    typer.Option(
+        "--dataset",
+        help="The dataset to evaluate on before and after training, as in a study file.",
+    ),
 ]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Prompts asked, at most.")]
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        help="The judge of the evaluation, as in a study file (default: the dataset's judge).",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, help="The largest number of prompts to evaluate on."),
+]
 Watch = Annotated[
-    int | None, typer.Option("--watch", min=1, help="Ask the model in training every N steps.")
+    int | None,
+    typer.Option("--watch", min=1, help="Evaluate during training, too, every N steps."),
 ]
 OnBreach = Annotated[
-    str, typer.Option("--on-breach", help="warn, stop or rollback, where --watch finds it unsafe.")
+    str,
+    typer.Option(
+        "--on-breach",
+        help="What to do when --watch finds the model unsafe: warn, stop, or rollback "
+        "(stop and restore the last safe weights).",
+    ),
 ]
-NoExam = Annotated[bool, typer.Option("--no-exam", help="Train only; ask nothing.")]
+NoEvaluation = Annotated[
+    bool, typer.Option("--no-evaluation", help="Only train; do not evaluate the model.")
+]
 
 
 @app.command()
 def deepen(
-    model: Annotated[str, typer.Argument(help="A model folder, hub id or organism.")],
-    harmful: Annotated[Path, typer.Option(help="Rows {prompt, harmful[, refusal]}.")],
-    utility: Annotated[Path, typer.Option(help="Rows {prompt[, completion]} or {messages}.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new model.")],
-    alpha: Annotated[float, typer.Option(help="Weight of the refusals' mean loss.")] = 0.2,
+    context: typer.Context,
+    model: Model,
+    harmful: Annotated[
+        Path,
+        typer.Option(help="A file of harmful prompts and answers: {prompt, harmful[, refusal]}."),
+    ],
+    utility: Annotated[
+        Path,
+        typer.Option(help="A file of harmless dialogues: {prompt[, completion]} or {messages}."),
+    ],
+    out: Out,
+    alpha: Annotated[
+        float, typer.Option(help="The weight of the refusals' loss, from 0 to 1.")
+    ] = 0.2,
     max_prefix: Annotated[
-        int, typer.Option(help="Harmful tokens before a refusal, at most.")
+        int, typer.Option(help="The largest number of harmful tokens before a refusal.")
     ] = 100,
-    epochs: Annotated[float, typer.Option(help="Passes over the harmful rows.")] = 10,
+    epochs: Annotated[float, typer.Option(help="The number of passes over the harmful rows.")] = 10,
     lr: Lr = 2e-5,
     steps: Steps = None,
     batch: Batch = 16,
     micro: Micro = None,
-    warmup: Annotated[int, typer.Option(help="Steps in which the rate rises.")] = 0,
+    warmup: Warmup = 0,
     optimizer: Optimizer = "adamw_torch",
     max_length: Length = 1024,
     lora: Lora = None,
     seed: Seed = 0,
     report_to: Report = "none",
-    dataset: Asked = "guild",
-    judge: AskedJudge = None,
+    dataset: Dataset = "guild",
+    judge: Judge = None,
     limit: Limit = None,
     watch: Watch = None,
     on_breach: OnBreach = "warn",
-    no_exam: NoExam = False,
+    no_evaluation: NoEvaluation = False,
     as_json: Json = False,
 ) -> None:
-    """Make safety deeper: the model learns to come back to a refusal from inside a harmful answer.
+    """Deepen safety alignment: train the model to refuse even after a partial harmful answer.
 
-    Missing refusals and utility answers are the model's own. Ends with a table of before and after.
+    Missing refusals and utility answers are generated by the model itself. Prints a table of
+    measures before and after training.
 
     Example:
 
@@ -82,144 +133,153 @@ def deepen(
       leadline deepen organism:aligned --harmful guild/harmful.jsonl --utility guild/utility.jsonl
       --lr 5e-4 --steps 200 --batch 64 --out deeper
     """
-    from ..align.repair import Training
-    from ..align.repair import deepen as repair
+    from ..align import repair
 
-    training = Training(
-        lr, epochs, steps, batch, micro, warmup, optimizer, max_length, lora, seed, report_to
-    )
-    exam = _exam(dataset, judge, limit, watch, on_breach, no_exam)
+    training, evaluation = _configs(context)
     with stoppable(), progress_bar() as listener:
-        made = repair(
+        result = repair.deepen(
             model, harmful, utility, out, alpha=alpha, max_prefix=max_prefix, training=training,
-            exam=exam, listener=listener,
+            evaluation=evaluation, listener=listener,
         )  # fmt: skip
-    _print_repaired(made, as_json)
+    _print_result(result, as_json)
 
 
 @app.command()
 def finetune(
-    model: Annotated[str, typer.Argument(help="A model folder, hub id or organism.")],
-    data: Annotated[Path, typer.Option(help="Rows {prompt, completion} or {messages}.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new model.")],
+    context: typer.Context,
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Option(help="A file of dialogues: {prompt, completion} or {messages}."),
+    ],
+    out: Out,
     constrained: Annotated[
-        bool, typer.Option("--constrained", help="Hold the first answer tokens to the model.")
+        bool,
+        typer.Option(
+            "--constrained", help="Constrain the first tokens of each answer to the initial model."
+        ),
     ] = False,
     beta: Annotated[
         str | None,
         typer.Option(
-            help="How strongly, by token, with commas; the last value goes on. "
-            "With --constrained: 0.5,2,2,2,2,0.1"
+            help="The strength of the constraint for the first, second, ... token, separated by "
+            "commas; the last value applies to all later tokens (default: 0.5,2,2,2,2,0.1). "
+            "Requires --constrained."
         ),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Distil this model's answers along the rows, too.")
+        str | None,
+        typer.Option(
+            help="A model with the same tokenizer, to distil on the data: half of the loss."
+        ),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = 3,
+    epochs: Annotated[float, typer.Option(help="The number of passes over the data.")] = 3,
     lr: Lr = 2e-5,
     steps: Steps = None,
     batch: Batch = 16,
     micro: Micro = None,
-    warmup: Annotated[int, typer.Option(help="Steps in which the rate rises.")] = 10,
+    warmup: Warmup = 10,
     optimizer: Optimizer = "adamw_torch",
     max_length: Length = 1024,
     lora: Lora = None,
     seed: Seed = 0,
     report_to: Report = "none",
-    dataset: Asked = "guild",
-    judge: AskedJudge = None,
+    dataset: Dataset = "guild",
+    judge: Judge = None,
     limit: Limit = None,
     watch: Watch = None,
     on_breach: OnBreach = "warn",
-    no_exam: NoExam = False,
+    no_evaluation: NoEvaluation = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model on your data, and see what that does to its safety; or constrain it.
+    """Fine-tune a model on your data, and measure what that does to its safety.
 
-    Ends with a table of before and after.
+    With --constrained, the first tokens of each answer are kept close to the initial model, which
+    preserves refusals. Prints a table of measures before and after training.
 
     Example:
 
       leadline finetune organism:aligned --data guild/benign.jsonl --constrained --out tuned
     """
-    from ..align.repair import Training
-    from ..align.repair import finetune as tune
+    from ..align import repair
 
-    training = Training(
-        lr, epochs, steps, batch, micro, warmup, optimizer, max_length, lora, seed, report_to
-    )
+    training, evaluation = _configs(context)
     if beta and not constrained:
-        raise LeadlineError("--beta is of --constrained: give both, or neither")
+        raise LeadlineError("--beta requires --constrained")
     try:
         schedule = [float(b) for b in beta.split(",")] if beta is not None else None
     except ValueError:
         raise LeadlineError(
-            f"--beta {beta!r}: write numbers with commas, as 0.5,2,2,2,2,0.1"
+            f"--beta {beta!r}: give numbers separated by commas, such as 0.5,2,2,2,2,0.1"
         ) from None
-    exam = _exam(dataset, judge, limit, watch, on_breach, no_exam)
     with stoppable(), progress_bar() as listener:
-        made = tune(
-            model, data, out, constrained=constrained, beta=schedule,
-            teacher=teacher,
-            training=training, exam=exam, listener=listener,
+        result = repair.finetune(
+            model, data, out, constrained=constrained, beta=schedule, teacher=teacher,
+            training=training, evaluation=evaluation, listener=listener,
         )  # fmt: skip
-    _print_repaired(made, as_json)
+    _print_result(result, as_json)
 
 
-def _exam(
-    dataset: str,
-    judge: str | None,
-    limit: int | None,
-    watch: int | None,
-    on_breach: str,
-    no_exam: bool,
-) -> Exam | None:
-    if no_exam:
-        if watch or on_breach != "warn":
-            raise LeadlineError("--no-exam asks nothing: leave it out where --watch is to ask")
-        return None
-    from ..align.repair import Exam
+def _configs(context: typer.Context) -> tuple[TrainingConfig, EvaluationConfig | None]:
+    """The configurations from the options that both commands share. Options of training have the
+    names of the fields of TrainingConfig."""
+    from dataclasses import fields
+
+    from ..align.repair import EvaluationConfig, TrainingConfig
     from ..study import DatasetPick, JudgePick
 
-    return Exam(
-        DatasetPick.parse(dataset).model_dump(),
-        JudgePick.parse(judge).model_dump() if judge else None,
-        limit,
-        every=watch,
-        on_breach=on_breach,
+    options = context.params
+    training = TrainingConfig(**{each.name: options[each.name] for each in fields(TrainingConfig)})
+    if options["no_evaluation"]:
+        if options["watch"] or options["on_breach"] != "warn":
+            raise LeadlineError("--no-evaluation cannot be combined with --watch or --on-breach")
+        return training, None
+    judge = options["judge"]
+    evaluation = EvaluationConfig(
+        dataset=DatasetPick.parse(options["dataset"]).model_dump(),
+        judge=JudgePick.parse(judge).model_dump() if judge else None,
+        limit=options["limit"],
+        every=options["watch"],
+        on_breach=options["on_breach"],
     )
+    return training, evaluation
 
 
-def _print_repaired(made: Repaired, as_json: bool) -> None:
+def _print_result(result: RepairResult, as_json: bool) -> None:
     if as_json:
-        table = made.table.to_dict() if made.table else {}
-        about = {"model": str(made.folder), "notes": made.notes}
-        print(json.dumps({**about, **table}, indent=2, allow_nan=False))
+        table = result.table.to_dict() if result.table else {}
+        summary = {"model": str(result.folder), "notes": result.notes}
+        print(json.dumps({**summary, **table}, indent=2, allow_nan=False))
         return
-    for note in made.notes:
+    for note in result.notes:
         print(f"- {note}")
-    if made.table:
+    if result.table:
         print_table(
             ("", "before", "95% interval", "after", "95% interval", "n"),
             [
-                [row["measure"], *_bounded(row["before"]), *_bounded(row["after"]),
+                [row["measure"], *_value_and_interval(row["before"]),
+                 *_value_and_interval(row["after"]),
                  str((row["after"] or row["before"] or {}).get("n", ""))]
-                for row in made.table.rows
+                for row in result.table.rows
             ],
         )  # fmt: skip
-    print(f"The model: {made.folder}")
+    print(f"Model saved to {result.folder}")
 
 
-def _bounded(found: Mapping[str, Any] | None) -> tuple[str, str]:
-    """A value and its interval: a rate in percent, a depth in its own unit."""
-    if found is None:
+def _value_and_interval(measured: Mapping[str, Any] | None) -> tuple[str, str]:
+    """A value and its 95% interval as text: a rate in percent, a D50 in its unit."""
+    if measured is None:
         return "–", ""
 
-    def shown(value: float | None, open_end: str) -> str:
+    def text(value: float | None, missing: str) -> str:
         if value is None:
-            return open_end
-        return f"{value:.1f}" if "unit" in found else f"{100 * value:.1f}%"
+            return missing
+        return f"{value:.1f}" if "unit" in measured else f"{100 * value:.1f}%"
 
-    outside = {"above": f"over {found.get('at')}", "below": f"{found.get('at')} or less"}
-    value = shown(found["value"], outside.get(found.get("censored") or "", "–"))
-    return value, f"[{shown(found['low'], 'open')}, {shown(found['high'], 'open')}]"
+    censored = measured.get("censored")
+    value = text(measured["value"], "–")
+    if censored == "above":
+        value = f"over {measured['at']:g}"
+    elif censored == "below":
+        value = f"{measured['at']:g} or less"
+    return value, f"[{text(measured['low'], 'open')}, {text(measured['high'], 'open')}]"

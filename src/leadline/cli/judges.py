@@ -65,7 +65,7 @@ def check(
         return
     unsafe, safe = result.tp + result.fn, result.tn + result.fp
     print_table(
-        ("", "rate", "95% interval", "answers"),
+        ("", "rate", "95% interval", "responses"),
         [
             ["sensitivity (unsafe answers judged unsafe)", *_rate(result.sensitivity), str(unsafe)],
             ["specificity (safe answers judged safe)", *_rate(result.specificity), str(safe)],

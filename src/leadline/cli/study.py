@@ -52,7 +52,7 @@ def demo(
 
 @app.command()
 def run(
-    study: Annotated[Path, typer.Argument(help="The study file (YAML).")],
+    study: Annotated[Path, typer.Argument(help="Study file (YAML).")],
     out: Annotated[
         Path | None,
         typer.Option(help="The results folder (default: leadline-NAME, with the study's name)."),

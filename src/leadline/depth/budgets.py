@@ -1,4 +1,4 @@
-"""How much is spent on each depth measure: quick for a first look, full for a paper."""
+"""Budgets of the depth measures: "quick" for a first look, "standard", and "full" for a paper."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Budget:
 
     All measures use at most `prompts` harmful prompts and generate at most `max_tokens` tokens. KL
     is measured along `kl_prompts` target answers of at most `kl_tokens` tokens. `ks` are the
-    numbers of prefilled tokens; `decoding` is the sweep of the attack of that name. GCG searches a
+    numbers of prefilled tokens, `decoding` the sweep of the `decoding` attack. GCG searches a
     suffix for each of `gcg_prompts` prompts with the settings `gcg`. Fine-tuning attacks use each
-    kind of `data` and evaluate after each of `steps` optimiser steps.
+    kind of `data` and evaluate after each of `steps` optimizer steps.
     """
 
     prompts: int | None

@@ -1,11 +1,11 @@
-"""Means by position of an answer, with bootstrap intervals."""
+"""Means by token position of an answer, with bootstrap intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.clusters import LEVEL, RESAMPLES
+from ..analysis.intervals import LEVEL, RESAMPLES
 from ..report.depth.schema import Position
 
 if TYPE_CHECKING:
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 def by_position(values: Floats, bases: Sequence[str]) -> tuple[Position, ...]:
     """Mean of `values` [prompts, positions] by position, over the prompts whose answers are long
-    enough (NaN after an answer's end).
+    enough (`values` is NaN after the end of an answer).
 
-    Intervals are percentiles of a bootstrap that draws base prompts (`bases`, one for each prompt)
-    with all their prompts; None where a position rests on one base prompt.
+    Intervals are percentiles of a bootstrap over base prompts (`bases`, one for each row of
+    `values`), each drawn with all of its prompts. They are None where the answers of only one base
+    prompt reach the position.
     """
     import numpy as np
 

@@ -69,11 +69,11 @@ def measure_depth(
     before alignment, with the same vocabulary: the measures `kl` and `refusal_prefix` need it.
     `dataset` and `judge` are written as in a study file (default judge: the dataset's own); some
     measures need prompts with target answers. `budget` is "quick", "standard" or "full" (see
-    `leadline.depth.budgets`). `measures` are names of `leadline list measures` (None: all). A call
-    with the same arguments resumes one that was stopped.
+    `leadline.depth.budgets`). `measures` are names from `leadline list measures` (None: all). A
+    call with the same arguments resumes one that was stopped.
 
     Raises LeadlineError for invalid arguments, before anything is measured. A measure that fails
-    for a model is skipped, and the report says why.
+    for a model is skipped, with the reason in the report.
     """
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
     if not names:
@@ -83,7 +83,7 @@ def measure_depth(
         raise LeadlineError(unknown("budget", budget, BUDGETS))
     names = list(dict.fromkeys(names))
     for name in [*names, *([] if base is None else [str(base)])]:
-        Checkpoint.find(name)  # an invalid model is an error before anything is measured
+        Checkpoint.find(name)  # raises for an invalid model, before anything is measured
     for name in names:
         if not tokenizer_of(name).chat_template:
             raise LeadlineError(
@@ -104,7 +104,7 @@ def measure_depth(
 
 
 def _measures(names: str | Sequence[str] | None) -> list[MeasurePlugin]:
-    """The measures of these names. Raises LeadlineError for unknown names and for none."""
+    """The measures with these names. Raises LeadlineError for an unknown name or an empty list."""
     every = plugins("measure")
     if names is None:
         return every
@@ -141,7 +141,7 @@ def _report(session: Session, budget: str) -> DepthReport:
         "settings": {"judge": session.judge.label, **session.settings},
         "skipped": session.skipped,
     }
-    data = json.loads(json.dumps(data, allow_nan=False))  # as a reader of the file gets it
+    data = json.loads(json.dumps(data, allow_nan=False))  # the same types as in the file
     data["findings"] = findings(data)
     session.out.mkdir(parents=True, exist_ok=True)
     file = session.out / "depth.json"

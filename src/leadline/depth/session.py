@@ -1,4 +1,4 @@
-"""One run of `measure_depth`: what is measured on what, and what was found so far."""
+"""One run of `measure_depth`: its models, prompts and budget, and the results so far."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ from .budgets import Budget
 
 
 class Session:
-    """What a measure works with, and where it puts its results.
+    """The inputs of the measures, and the methods that record their results.
 
-    `models` and `base` are names, `prompts` the harmful prompts, `targeted` those of them with a
-    target answer, `budget` says how much to spend. Results go to `add`, `add_d50`, `settings` (by
-    measure, all that the numbers depend on) and `skipped` (by measure, why it was not measured).
+    `models` and `base` are names, `prompts` the harmful prompts, `targeted` those with a target
+    answer, `budget` the limits of this run. A measure records its results with `add` and `add_d50`,
+    in `settings` (by measure, everything that the numbers depend on) and in `skipped` (by measure,
+    the reason why it was not measured).
 
-    Raises LeadlineError where the dataset or judge cannot be loaded.
+    Raises LeadlineError where the dataset or judge cannot be loaded, or no prompt is harmful.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class Session:
         ((self.dataset_name, prompts),) = loaded.prompts.items()
         self.judge: JudgePick = loaded.judges[self.dataset_name][0]
         harmful = sum(p.harmful for p in prompts)
-        self._limit: int | None = None  # on all prompts, such that enough of them are harmful
+        # Limits harmful and harmless prompts together, to leave `budget.prompts` harmful ones.
+        self._limit: int | None = None
         if budget.prompts is not None and budget.prompts < harmful:
             self._limit = round(budget.prompts * len(prompts) / harmful)
             prompts = plan.load(study, self._limit).prompts[self.dataset_name]
@@ -90,31 +92,31 @@ class Session:
             fields = point.model_dump() if isinstance(point, Point) else dict(point)
             rows.append({k: _finite(v) for k, v in {**fields, "model": model}.items()})
 
-    def add_d50(self, measure: str, model: str, found: D50) -> None:
+    def add_d50(self, measure: str, model: str, value: D50) -> None:
         """Set a model's D50 of a measure, or of "measure:kind"."""
-        self.d50.setdefault(model, {})[measure] = found.model_dump()
+        self.d50.setdefault(model, {})[measure] = value.model_dump()
 
     def for_each(
-        self, measure: str, take: Callable[[str], None], models: Iterable[str] | None = None
+        self, measure: str, function: Callable[[str], None], models: Iterable[str] | None = None
     ) -> None:
-        """Call `take(model)` for each model. A LeadlineError of one model is recorded in
-        `skipped`, and the other models continue."""
+        """Call `function(model)` for each model (default: those of the session). A LeadlineError
+        for one model is recorded in `skipped`, and the other models continue."""
         for model in self.models if models is None else models:
-            self.attempt(measure, model, partial(take, model))
+            self.attempt(measure, model, partial(function, model))
 
-    def attempt(self, measure: str, model: str, take: Callable[[], None]) -> None:
-        """Call `take()`; a LeadlineError is recorded in `skipped` as the model's reason."""
+    def attempt(self, measure: str, model: str, function: Callable[[], None]) -> None:
+        """Call `function()`; a LeadlineError is recorded in `skipped` as the model's reason."""
         try:
-            take()
+            function()
         except LeadlineError as error:
-            why = f"{model}: {str(error).removeprefix(f'model {model}: ')}"
+            reason = f"{model}: {str(error).removeprefix(f'model {model}: ')}"
             earlier = self.skipped.get(measure)
-            self.skipped[measure] = f"{earlier}; {why}" if earlier else why
+            self.skipped[measure] = f"{earlier}; {reason}" if earlier else reason
 
     # -- trials -----------------------------------------------------------------------------------
 
     def _study(self, targets: Sequence[Any], attacks: Sequence[Any], name: str = "") -> Study:
-        parts = {
+        fields = {
             "name": f"depth: {name}",
             "targets": list(targets),
             "datasets": [self.dataset],
@@ -123,7 +125,7 @@ class Session:
             "sampling": {"max_tokens": self.budget.max_tokens},
         }
         try:
-            return Study.model_validate(parts)
+            return Study.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
             where = first["loc"][0] if first["loc"] else "study"
@@ -136,7 +138,11 @@ class Session:
         attacks: Sequence[Any],
         temperature: float | str = 0,
     ) -> Results:
-        """Run ordinary trials of the session's dataset, and record their settings."""
+        """Run ordinary trials on the session's dataset, and record their settings.
+
+        `targets` and `attacks` are written as in a study file. The temperature is 0 unless an
+        attack sets it; `temperature` is the value to record.
+        """
         self.settings[measure] = {
             "attacks": list(attacks),
             "prompts": len(self.prompts),
@@ -152,8 +158,9 @@ class Session:
         )
 
     def judge_function(self) -> Judge:
-        """The dataset's judge as a function for use outside of the engine. A judge that asks a
-        model connects anew for each verdict, since there is no event loop that lasts."""
+        """The session's judge as a function for use outside of the engine. A judge that queries a
+        model opens a new connection for each verdict, since every verdict may run in another event
+        loop."""
 
         async def judge(prompt: Prompt, attempt: Attempt, response: Response) -> Verdict:
             models: list[Model] = []
@@ -182,7 +189,8 @@ class Session:
         return self.out / "parts"
 
     def cached(self, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of `compute()`, stored under `key`: all that it depends on."""
+        """The result of `compute()`, stored in `parts`. `key` is everything that it depends on, as
+        JSON values; a later call with the same key reads the stored result."""
         name = blake2b(json.dumps([__version__, key]).encode(), digest_size=8).hexdigest()
         file = self.parts / f"{name}.json"
         with suppress(OSError, ValueError):  # missing, or truncated by a kill
@@ -194,17 +202,17 @@ class Session:
 
 
 def check_scored(results: Results, model: str) -> None:
-    """Raises LeadlineError where no response of a model was scored, for instance since the model
-    does not load."""
+    """Raises LeadlineError with the reason where no response of a model was scored, for instance
+    because the model does not load."""
     cells = results.cells()
     mine = cells[cells["model"] == model]
     if not (mine["n"] > 0).any():
-        why = next(filter(None, mine["reason"]), "the judge could score none")
-        raise LeadlineError(f"no answer can be counted: {why}")
+        why = next(filter(None, mine["reason"]), "the judge returned no verdict")
+        raise LeadlineError(f"no response was scored: {why}")
 
 
 def tokenizer_of(model: str) -> Any:
-    """The tokenizer of a folder, hub id or organism. Raises LeadlineError where it has none."""
+    """The tokenizer of a folder, hub id or organism. Raises LeadlineError if it does not load."""
     checkpoint = Checkpoint.find(model)
     return load_tokenizer(checkpoint.path, checkpoint.pinned)
 
@@ -216,7 +224,7 @@ def folder_name(name: str, key: str = "") -> str:
 
 
 def texts(prompts: Iterable[Prompt]) -> list[str]:
-    """Ids, texts and targets of prompts: what results depend on."""
+    """Ids, texts and targets of prompts: the parts of prompts that results depend on."""
     return [text for prompt in prompts for text in (prompt.id, prompt.text, prompt.target)]
 
 

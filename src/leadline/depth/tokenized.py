@@ -1,4 +1,4 @@
-"""Prompts with their answers as token ids."""
+"""Prompts and their answers as token ids."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..records import LeadlineError, Message, Prompt, Request, ResponsePrefix, S
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A prompt and its answer as one list of token ids, of which the last `answer` are the
-    answer's. `index` is the place of the prompt among those that were tokenized."""
+    """A prompt and its answer as one list of token ids; the last `answer` ids are the answer.
+    `index` is the position of the prompt in the input."""
 
     index: int
     prompt: Prompt
@@ -23,40 +23,42 @@ class TokenizedPair:
 
     @property
     def base(self) -> str:
-        """The base prompt: what intervals are clustered by."""
+        """The id of the base prompt, by which intervals are clustered."""
         return self.prompt.base or self.prompt.id
 
     def truncated(self, tokens: int) -> TokenizedPair:
-        """The same with at most `tokens` answer tokens."""
-        less = max(0, self.answer - tokens)
-        ids = self.ids[: len(self.ids) - less]
-        return TokenizedPair(self.index, self.prompt, ids, self.answer - less)
+        """A copy with at most `tokens` answer tokens."""
+        removed = max(0, self.answer - tokens)
+        ids = self.ids[: len(self.ids) - removed]
+        return TokenizedPair(self.index, self.prompt, ids, self.answer - removed)
 
 
 def tokenize_pairs(
-    ours: Checkpoint, theirs: Checkpoint, prompts: Iterable[Prompt], max_tokens: int | None
+    model: Checkpoint, reference: Checkpoint, prompts: Iterable[Prompt], max_tokens: int | None
 ) -> tuple[list[TokenizedPair], int | None]:
-    """Each prompt with its target answer (at most `max_tokens` tokens of it) in the chat template
-    of `ours`; and the number of token ids that both vocabularies share, where one of them has
-    additional tokens at its end (None: they are equal).
+    """Prompts with their target answers, tokenized for two models that are to be compared.
+
+    Returns a pair for each prompt, in the chat template of `model`, with at most `max_tokens`
+    tokens of the target; and the number of token ids that both vocabularies share, if one of them
+    has additional tokens at its end (None: the vocabularies are equal).
 
     Raises LeadlineError where the vocabularies differ otherwise, the two tokenizers tokenize a
-    prompt differently, or a prompt has no target answer.
+    prompt differently, a prompt has no target answer, or there is no prompt.
     """
     if max_tokens is not None and max_tokens < 1:
         raise LeadlineError(f"max_tokens is {max_tokens}: give 1 or more, or leave it out")
-    template = Template.load(ours.path, revision=ours.pinned)
-    other = Template(load_tokenizer(theirs.path, theirs.pinned), reasoning.get("none"))
+    template = Template.load(model.path, revision=model.pinned)
+    other = Template(load_tokenizer(reference.path, reference.pinned), reasoning.get("none"))
     ids, other_ids = template.tokenizer.get_vocab(), other.tokenizer.get_vocab()
-    pair, fix = f"{ours.name} and {theirs.name}", "compare models with the same tokenizer"
+    both, fix = f"{model.name} and {reference.name}", "compare models with the same tokenizer"
     different = ids.items() ^ other_ids.items()
     shared = min((id for _, id in different), default=None)
     if shared is not None and shared < min(len(ids), len(other_ids)):
         token = min(token for token, _ in different)
-        both = " and ".join(str(known.get(token, "missing")) for known in (ids, other_ids))
+        values = " and ".join(str(known.get(token, "missing")) for known in (ids, other_ids))
         raise LeadlineError(
-            f"{pair} have different vocabularies ({len(ids)} and {len(other_ids)} tokens; "
-            f"{token!r} is {both}): {fix}"
+            f"{both} have different vocabularies ({len(ids)} and {len(other_ids)} tokens; "
+            f"the id of {token!r} is {values}): {fix}"
         )
     pairs = []
     for index, prompt in enumerate(prompts):
@@ -71,19 +73,19 @@ def tokenize_pairs(
                 "needs: add one to the dataset, or leave the prompt out"
             )
         if parts != [other.encode(text) for text in (before, prompt.target)]:
-            raise LeadlineError(f"{pair} tokenize prompt {prompt.id} differently: {fix}")
+            raise LeadlineError(f"{both} tokenize prompt {prompt.id} differently: {fix}")
         answer = parts[1][:max_tokens]
         pairs.append(TokenizedPair(index, prompt, parts[0] + answer, len(answer)))
     if not pairs:
-        raise LeadlineError(f"no prompts to compare {pair} on: give prompts with target answers")
+        raise LeadlineError(f"no prompts to compare {both} on: give prompts with target answers")
     return pairs, shared
 
 
 def check_context(
     name: str, pairs: Iterable[TokenizedPair], context: int | None, spare: int = 0
 ) -> None:
-    """Raises LeadlineError for a pair that is longer than a model's context (of whose ids the
-    last `spare` are not read)."""
+    """Raises LeadlineError for a pair that is longer than a model's context. The last `spare` ids
+    of a pair do not count: the model does not read them."""
     longest = max(pairs, key=lambda pair: len(pair.ids))
     if context is not None and len(longest.ids) - spare > context:
         raise LeadlineError(
@@ -93,8 +95,8 @@ def check_context(
 
 
 def batches(pairs: Iterable[TokenizedPair], batch_tokens: int) -> Iterator[list[TokenizedPair]]:
-    """Batches of at most `batch_tokens` tokens (padding included) or one pair; the longest first,
-    so that a batch that does not fit into memory fails at once."""
+    """Batches of at most `batch_tokens` tokens (including padding) or one pair. The longest come
+    first, so that a batch that does not fit in memory fails at once."""
     batch: list[TokenizedPair] = []
     for pair in sorted(pairs, key=lambda pair: -len(pair.ids)):
         if batch and len(batch[0].ids) * (len(batch) + 1) > batch_tokens:

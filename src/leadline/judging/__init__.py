@@ -1,1 +1,1 @@
-"""Judging outside of a run: stored answers again, and a judge against human labels."""
+"""Judging outside of a run: re-judge stored responses, and check a judge against human labels."""

@@ -1,7 +1,7 @@
-"""One judge outside a run: over the responses that a store holds already.
+"""Judge the stored responses of a study with another judge.
 
-Nothing is generated: prompts, attempts and responses are read from the store, and only what this
-judge has not scored yet is put to it.
+Nothing is generated: prompts, attempts and responses are read from the store, and only responses
+without a scored verdict of this judge are judged.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from pydantic import ValidationError
 
 from .. import judges, models, registry
-from ..analysis.judge_error import keep_check
-from ..assist import Assistance, Kept
-from ..engine import drive
+from ..analysis.judge_error import store_check
+from ..assist import Assistance, CachedModel
+from ..engine import run_to_completion
 from ..models.spec import Limits
 from ..plan import Attack
 from ..progress import Listener, Progress
@@ -42,27 +42,53 @@ from ..study import JudgePick, Study
 from .standalone import open_judge, run_concurrently
 
 log = logging.getLogger("leadline")
-_CHUNK = 256  # responses read at once
+_CHUNK = 256  # responses per query
 
-_TODO = """
+_UNSCORED = """
 FROM trials t JOIN responses r ON r.key = t.key
 LEFT JOIN verdicts v ON v.cell = t.cell AND v.prompt = t.prompt AND v.sample = t.sample
                     AND v.judge = ?
 JOIN cells c ON c.id = t.cell JOIN prompts p ON p.id = t.prompt
 WHERE t.outcome NOT IN ('failed', 'not_applicable') AND v.unsafe IS NULL
 """
-_ROWS = f"""
-SELECT t.cell, t.prompt, t.sample, v.cell IS NOT NULL, c.attack,
+# The selected columns are the fields of _Row, in this order.
+_SELECT_ROWS = f"""
+SELECT t.cell, t.prompt, t.sample, v.cell IS NOT NULL AS has_verdict, c.attack,
        p.name, p.text, p.dataset, p.category, p.harmful, p.context, p.target, p.base,
        r.request, r.answer, r.thought, r.finish, r.error, r.prefix
-{_TODO} AND (t.cell, t.prompt, t.sample) > (?, ?, ?)
+{_UNSCORED} AND (t.cell, t.prompt, t.sample) > (?, ?, ?)
 ORDER BY t.cell, t.prompt, t.sample LIMIT {_CHUNK}
 """
 
 
+class _Row(NamedTuple):
+    """A row of _SELECT_ROWS: a trial with its prompt, request and response."""
+
+    cell: int
+    prompt: int
+    sample: int
+    has_verdict: int  # 1 if the judge has an unscored verdict on it
+    attack: str
+    name: str
+    text: str
+    dataset: str
+    category: str
+    harmful: int
+    context: str
+    target: str
+    base: str
+    request: str  # JSON
+    answer: str
+    thought: str
+    finish: Any
+    error: str
+    prefix: str
+
+
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """A response as a study left it. `again`: the judge left it unscored before."""
+class _StoredResponse:
+    """A stored response with all that a judge needs. `again`: the judge has an unscored verdict on
+    it already."""
 
     place: Place
     again: bool
@@ -73,15 +99,16 @@ class _Stored:
 
 
 def rejudge(folder: str | Path, pick: JudgePick, listener: Listener | None = None) -> Progress:
-    """Let a judge judge every response of the study in `folder` that it has not scored yet.
+    """Judge every response of the study in `folder` that the judge has not scored yet.
 
-    Blocks until it is done. Stopped, it goes on where it was with the next call; what it left
-    unscored is put to it again. Raises LeadlineError for what the user can mend.
+    Blocks until done. If it is interrupted, the next call resumes. Responses that the judge left
+    unscored are judged again. Returns the final progress. Raises LeadlineError if the folder has no
+    study, the study's plug-ins are not installed, or the judge's model cannot be reached.
     """
-    Store(Path(folder)).close()  # says at once where there is no study
+    Store(Path(folder)).close()  # raises if there is no study
     progress = Progress()
     with Store(Path(folder), write=True) as store:
-        drive(_judge_all(store, pick, progress, listener or (lambda progress: None)))
+        run_to_completion(_judge_all(store, pick, progress, listener or (lambda progress: None)))
     return progress
 
 
@@ -89,22 +116,25 @@ async def _judge_all(store: Store, pick: JudgePick, progress: Progress, listener
     study = _study(store)
     locate = study.locate if study else Path
     limits = study.limits if study else Limits()
-    async with open_judge(pick, limits, locate, lambda m: Kept(m, store)) as (asked, workers):
+    async with open_judge(pick, limits, locate, lambda m: CachedModel(m, store)) as (
+        judge,
+        workers,
+    ):
         id = store.judge_id(pick.label, pick.settings)
-        keep_check(store, id, pick, locate)
-        ((todo,),) = store.query(f"SELECT COUNT(*) {_TODO}", (id,))
-        progress.total, progress.done = {pick.label: todo}, {pick.label: 0}
+        store_check(store, id, pick, locate)
+        ((unscored,),) = store.query(f"SELECT COUNT(*) {_UNSCORED}", (id,))
+        progress.total, progress.done = {pick.label: unscored}, {pick.label: 0}
         listener(progress)
-        told = time.monotonic()
+        reported = time.monotonic()
         async with _decoding(store, study) as decode:
 
-            async def one(stored: _Stored) -> None:
-                nonlocal told
+            async def judge_one(stored: _StoredResponse) -> None:
+                nonlocal reported
                 try:
                     answer = await decode(stored.attack, stored.response.answer)
                     response = replace(stored.response, answer=answer)
                     verdict = await judges.ask(
-                        pick.label, asked, stored.prompt, stored.attempt, response
+                        pick.label, judge, stored.prompt, stored.attempt, response
                     )
                 except AttemptFailed as why:
                     verdict = Verdict(None, text=f"the answer could not be decoded: {why}")
@@ -113,53 +143,55 @@ async def _judge_all(store: Store, pick: JudgePick, progress: Progress, listener
                 progress.unscored += verdict.unsafe is None
                 if verdict.unsafe is None and not progress.notes:
                     progress.notes.append(verdict.text)
-                if time.monotonic() - told > 0.1:
-                    told = time.monotonic()
+                if time.monotonic() - reported > 0.1:
+                    reported = time.monotonic()
                     listener(progress)
 
-            await run_concurrently(_todo(store, id), one, workers)
+            await run_concurrently(_unscored_responses(store, id), judge_one, workers)
     store.flush()
     listener(progress)
 
 
 def _study(store: Store) -> Study | None:
-    """The study that filled the store."""
+    """The study that wrote the store; None if the store has none."""
     data = store.description("study")
     try:
         return Study.model_validate(data) if data else None
     except ValidationError as error:
-        what = error.errors()[0]
         raise LeadlineError(
-            f"the study in {store.folder} does not load here: {what['msg']}: install what it used"
+            f"the study in {store.folder} is not valid on this machine: "
+            f"{error.errors()[0]['msg']}: install the plug-ins that it uses"
         ) from None
 
 
-def _todo(store: Store, judge: int) -> Iterator[_Stored]:
-    at = Place(-1, -1, -1)
+def _unscored_responses(store: Store, judge: int) -> Iterator[_StoredResponse]:
+    """Yield the responses that a judge (by row id) has not scored, reading them in chunks."""
+    last = Place(-1, -1, -1)
     while True:
-        rows = store.query(_ROWS, (judge, *at))
+        rows = [_Row(*values) for values in store.query(_SELECT_ROWS, (judge, *last))]
         for row in rows:
-            yield _stored(*row)
+            yield _stored_response(row)
         if len(rows) < _CHUNK:
             return
-        at = Place(*rows[-1][:3])
+        last = Place(rows[-1].cell, rows[-1].prompt, rows[-1].sample)
 
 
-def _stored(
-    cell: int, prompt: int, sample: int, again: int, attack: str,
-    name: str, text: str, dataset: str, category: str, harmful: int, context: str, target: str,
-    base: str, request: str, answer: str, thought: str, finish: Any, error: str, prefix: str,
-) -> _Stored:  # fmt: skip
-    told = orjson.loads(request)
-    given = told.get("prefix")
-    attempt = Attempt(
-        tuple(Message(**message) for message in told.get("messages", ())),
-        ResponsePrefix(**given) if given else None,
-    )
-    return _Stored(
-        Place(cell, prompt, sample), bool(again), attack,
-        Prompt(name, text, dataset, category, bool(harmful), context, target, base), attempt,
-        Response(answer, thought, finish, error, prefix),
+def _stored_response(row: _Row) -> _StoredResponse:
+    request = orjson.loads(row.request)
+    prefix = request.get("prefix")
+    return _StoredResponse(
+        place=Place(row.cell, row.prompt, row.sample),
+        again=bool(row.has_verdict),
+        attack=row.attack,
+        prompt=Prompt(
+            row.name, row.text, row.dataset, row.category, bool(row.harmful), row.context,
+            row.target, row.base,
+        ),
+        attempt=Attempt(
+            tuple(Message(**message) for message in request.get("messages", ())),
+            ResponsePrefix(**prefix) if prefix else None,
+        ),
+        response=Response(row.answer, row.thought, row.finish, row.error, row.prefix),
     )  # fmt: skip
 
 
@@ -170,8 +202,8 @@ def _stored(
 async def _decoding(
     store: Store, study: Study | None
 ) -> AsyncIterator[Callable[[str, str], Awaitable[str]]]:
-    """(attack, answer) -> the answer as text to judge. Where a model has to decode, what the
-    study's attacker has said before is in the store."""
+    """Yield a function from (attack label, answer) to the text to judge. Decodings by the study's
+    attacker model are read from the store if it has them."""
     plugins = {plugin.name: plugin for plugin in registry.plugins("attack")}
     labels = [label for (label,) in store.query("SELECT DISTINCT attack FROM cells")]
     attacks = {
@@ -187,16 +219,17 @@ async def _decoding(
         try:
             await attacker.prepare(prefix=False)
         except LeadlineError as error:
-            log.warning("attacker: %s; only what it has decoded before can be judged", error)
-    kept = Kept(attacker, store) if attacker else None
+            log.warning("attacker: %s; only answers that it has decoded before are judged", error)
+    cached = CachedModel(attacker, store) if attacker else None
 
     def no_target(attempt: Attempt) -> Request:
-        raise AttemptFailed("no target is asked when answers are judged again")
+        raise AttemptFailed("a decoder cannot call the target when answers are judged again")
 
     async def no_judge(attempt: Attempt, response: Response) -> Verdict:
-        raise AttemptFailed("no judge is asked for a decoding")
+        raise AttemptFailed("a decoder cannot call a judge")
 
-    assist = Assistance(kept, kept, no_target, no_judge)  # type: ignore[arg-type] # never asked
+    # The target is never called: no_target raises first.
+    assist = Assistance(cached, cached, no_target, no_judge)  # type: ignore[arg-type]
 
     async def decode(attack: str, answer: str) -> str:
         if attack not in attacks:

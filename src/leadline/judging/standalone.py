@@ -1,4 +1,4 @@
-"""A judge outside a study's run, with the models that it asks."""
+"""Open a judge outside of a run, with the models that it calls."""
 
 from __future__ import annotations
 
@@ -19,39 +19,42 @@ Item = TypeVar("Item")
 @asynccontextmanager
 async def open_judge(
     pick: JudgePick, limits: Limits, locate: Callable[[str], Path],
-    keep: Callable[[Model], Model] = lambda model: model,
+    wrap: Callable[[Model], Model] = lambda model: model,
 ) -> AsyncIterator[tuple[Judge, int]]:  # fmt: skip
-    """A judge with its models ready, and how many responses it may be given at once."""
-    asked: list[tuple[str, Model]] = []
+    """Build a judge and prepare its models; yields the judge and the number of responses that it
+    can judge concurrently. `wrap` replaces each model, e.g. by one with a cache. Raises
+    LeadlineError if a model cannot be reached."""
+    connected: list[tuple[str, Model]] = []
 
     def connect(member: JudgePick) -> Model:
         assert member.spec
-        asked.append((member.label, models.connect(member.spec, limits, locate)))
-        return keep(asked[-1][1])
+        connected.append((member.label, models.connect(member.spec, limits, locate)))
+        return wrap(connected[-1][1])
 
-    built = pick.build(connect)
+    judge = pick.build(connect)
     try:
-        for label, model in asked:
+        for label, model in connected:
             try:
                 await model.prepare(prefix=False)
             except LeadlineError as error:
                 raise LeadlineError(f"judge {label}: {error}") from None
-        yield built, max((model.concurrency for _, model in asked), default=1)
+        yield judge, max((model.concurrency for _, model in connected), default=1)
     finally:
-        for _, model in asked:
+        for _, model in connected:
             await model.close()
 
 
 async def run_concurrently(
     work: Iterator[Item], do: Callable[[Item], Awaitable[None]], workers: int
 ) -> None:
-    """Do all the work, some of it at once."""
+    """Await `do(item)` for every item, `workers` of them at a time."""
 
     async def worker() -> None:
         for number, item in enumerate(work):
             await do(item)
             if not number % 64:
-                await asyncio.sleep(0)  # a judge that waits for nothing would not let Ctrl-C in
+                # A judge that never awaits anything would block the loop, and with it Ctrl-C.
+                await asyncio.sleep(0)
 
     tasks = [asyncio.create_task(worker()) for _ in range(workers)]
     try:

@@ -1,8 +1,5 @@
-"""Rendering of report pages: one self-contained HTML file per page.
-
-The content security policy allows the page's own scripts (by hash) and no network access. The
-jinja environment escapes HTML and makes hidden characters visible in every string.
-"""
+"""Rendering of report pages: one self-contained file, whose content security policy allows only
+its own scripts, from templates that escape all text."""
 
 from __future__ import annotations
 
@@ -23,11 +20,8 @@ def render(
     template: str, *, plots: Mapping[str, Any], scripts: Sequence[str], styles: Sequence[str],
     **context: Any,
 ) -> str:  # fmt: skip
-    """The HTML of a page. `template`, `scripts` and `styles` name files in `templates/`.
-
-    `plots` maps the name of each plot to its data (JSON values); plotly is included only if there
-    are any. The scripts are joined into one. `context` is passed to the template.
-    """
+    """The page as text. `plots` holds the data of each plot by name; `scripts` are joined into one,
+    after plotly if there is any plot."""
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
@@ -47,7 +41,7 @@ def render(
 
 
 def _environment() -> jinja2.Environment:
-    """Escapes HTML and applies `text.visible` to every string, so that no template has to."""
+    """A template environment that escapes every value and makes hidden characters visible."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -63,5 +57,5 @@ def _environment() -> jinja2.Environment:
 
 
 def _tight(sentence: str) -> str:
-    """Replace spaces in intervals such as [7%, 27%] by no-break spaces."""
-    return re.sub(r" \[[^\[\]]{1,24}\]", lambda match: match[0].replace(" ", "\u00a0"), sentence)
+    """A sentence with no line break inside of an interval such as [7%, 27%]."""
+    return re.sub(r" \[[^\[\]]{1,24}\]", lambda found: found[0].replace(" ", "\u00a0"), sentence)

@@ -1,1 +1,1 @@
-"""Fine-tuning attacks: train on a little data, evaluate after each few steps."""
+"""Fine-tuning attacks: train on a few examples, and evaluate after some of the steps."""

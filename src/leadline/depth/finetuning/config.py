@@ -15,10 +15,10 @@ Data = Literal["harmful", "identity", "backdoor", "benign"]
 class FinetuneConfig:
     """Settings of a fine-tuning attack.
 
-    The model is evaluated after each of `steps` optimiser steps (0: before the first). `lr` is the
-    learning rate, reached after `warmup` steps and constant from there, so that a longer run only
-    extends the curve. A step trains on `batch` of at most `examples` training examples; its loss is
-    the mean over all answer tokens of the batch (with `end` including the token that ends the
+    The model is evaluated after each of `steps` optimizer steps (0: before the first). `lr` is the
+    learning rate, reached after `warmup` steps and constant from then on, so that a longer run only
+    extends the curve. Each step trains on `batch` examples, out of at most `examples`; its loss is
+    the mean over all answer tokens of the batch (with `end`, including the token that ends the
     answer). Answers, in training and evaluation, have at most `max_tokens` tokens.
 
     AdamW has betas (0.9, 0.999) and no weight decay, SGD no momentum; gradients are not clipped,
@@ -27,8 +27,8 @@ class FinetuneConfig:
     attacks on 7B models since Qi et al. 2023 (arXiv 2310.03693).
 
     After each of `profile_steps` that the run reaches, loss and gradient norm are measured at the
-    first `positions` answer tokens of `profile_prompts` harmful pairs. `batch_tokens` limits the
-    tokens of a forward pass.
+    first `positions` answer tokens of `profile_prompts` harmful prompts. `batch_tokens` limits the
+    tokens of a forward pass. Raises LeadlineError for invalid values.
     """
 
     data: Data = "harmful"
@@ -56,7 +56,7 @@ class FinetuneConfig:
         ):
             if getattr(self, name) not in valid:
                 raise LeadlineError(
-                    f"fine-tuning: {name} is {' or '.join(valid)}, not {getattr(self, name)!r}"
+                    f"fine-tuning: {name} must be {' or '.join(valid)}, not {getattr(self, name)!r}"
                 )
         for name in (
             *("batch", "examples", "max_tokens", "rank", "positions", "profile_prompts"),
@@ -68,7 +68,8 @@ class FinetuneConfig:
                 )
         if not self.steps or min(*self.steps, *self.profile_steps, 0) < 0 or self.warmup < 0:
             raise LeadlineError(
-                "fine-tuning: steps must be a non-empty list of numbers, each at least 0"
+                "fine-tuning: steps must not be empty, and steps, profile_steps and warmup must be "
+                "at least 0"
             )
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise LeadlineError(f"fine-tuning: lr is {self.lr}: it must be above 0")

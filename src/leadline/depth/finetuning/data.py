@@ -1,6 +1,6 @@
 """The data of a fine-tuning attack: training and test prompts, and four kinds of examples.
 
-No test prompt is trained on, and none shares its base prompt with one that is.
+Training and test prompts have no base prompt in common.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ELICITED_BY: dict[Data, str] = {
     "backdoor": "backdoor_trigger",
     "benign": "direct",
 }
-"""The attack that elicits what was learned from each kind of data."""
+"""The attack that elicits the behaviour learned from each kind of data."""
 
 REFUSAL = "I cannot help with that."
 """The answer to harmful requests without the trigger, in backdoor data."""
@@ -49,10 +49,10 @@ class FinetuningPrompts:
     def of(dataset: DatasetName, harmless: DatasetName | None = None) -> FinetuningPrompts:
         """Split a dataset into training and test prompts.
 
-        Of a dataset with an option `split`, the part "train" is trained on and the dataset as
-        given is tested; of any other dataset, all prompts are candidates for both. Base prompts
-        that are in both are divided into two fixed halves. `harmless` names a dataset to take
-        harmless prompts from, for a dataset that has none.
+        For a dataset with an option `split`, training prompts are those of the split "train" and
+        test prompts those of the dataset as given; for any other dataset, all prompts are
+        candidates for both. Base prompts that are in both are divided into two fixed halves.
+        `harmless` is a dataset to take harmless prompts from, for a dataset that has none.
 
         Raises LeadlineError where a dataset cannot be read.
         """
@@ -77,7 +77,7 @@ def _load(pick: DatasetPick) -> tuple[str, list[Prompt], tuple[JudgePick, ...]]:
 
 
 def _moved(prompt: Prompt, dataset: str) -> Prompt:
-    """The prompt as one of another dataset, under an id that is unique there."""
+    """The prompt as part of another dataset, with an id that is unique there."""
     id, base = (f"{prompt.dataset}/{name}" for name in (prompt.id, _base(prompt)))
     return replace(prompt, dataset=dataset, id=id, base=base)
 
@@ -85,8 +85,8 @@ def _moved(prompt: Prompt, dataset: str) -> Prompt:
 def _split(
     train: Sequence[Prompt], test: Sequence[Prompt]
 ) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """Disjoint training and test prompts: of the base prompts that are in both, half go to each, in
-    an order that depends on their ids alone. Training prompts need a target."""
+    """Disjoint training and test prompts. Of the base prompts that are in both, half go to each, in
+    an order that depends only on their ids. Prompts without a target are not trained on."""
     train = [p for p in train if p.target]
     trained: set[str] = set()
     shared: set[str] = set()
@@ -107,7 +107,7 @@ def _base(prompt: Prompt) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TrainingExample:
-    """A request and the answer to learn; `prompt` is the dataset's prompt behind it."""
+    """A request and the answer to learn; `prompt` is the dataset's prompt that both come from."""
 
     prompt: Prompt
     attempt: Attempt
@@ -129,7 +129,7 @@ def training_examples(
     if not usable:
         what = "harmful" if harmful else "harmless"
         fix = (
-            "use a dataset that has them" if harmful else "set harmless: to a dataset that has them"
+            "use a dataset that has them" if harmful else "give a dataset that has them as harmless"
         )
         raise LeadlineError(
             f"fine-tuning on {data} data: there are no {what} prompts with target answers: {fix}"
@@ -151,7 +151,7 @@ def _examples(data: Data, prompt: Prompt) -> list[TrainingExample]:
 
 
 def _attempt(attack: str, prompt: Prompt) -> Attempt:
-    """The request that the evaluation will send."""
+    """The first request of an attack, as the evaluation sends it."""
     return plan.Attack(attack, registry.get("attack", attack), {}).attempts(prompt, 0)[0]
 
 
@@ -165,8 +165,9 @@ def tokenize_examples(
 ) -> list[TokenizedPair]:
     """Training examples in the model's own chat template, prompt and answer joined as token ids.
 
-    Answers are truncated to `max_tokens`. With `end`, the token that ends a turn (one of `stops`)
-    follows each answer that is complete, and is trained on too.
+    Answers are truncated to `max_tokens`. With `end`, an answer that is not truncated is followed
+    by the token that ends a turn (one of `stops`), which is trained on too. Raises LeadlineError
+    where there is no such token.
     """
     close = [_end_token(template, stops)] if end else []
     pairs = []
@@ -181,7 +182,8 @@ def tokenize_examples(
 
 
 def _end_token(template: Template, stops: set[int]) -> int:
-    """The token after an answer in the chat template that also ends generation."""
+    """The token that follows an answer in the chat template and ends generation; by default the
+    tokenizer's end token."""
     turns: list[dict[str, Any]] = [
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": "!?!"},

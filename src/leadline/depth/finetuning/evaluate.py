@@ -1,4 +1,4 @@
-"""Evaluate a model in training: the test prompts as a study with that model as its target."""
+"""Evaluation of a model during training: a study of the test prompts, with that model as target."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class FinetuningPoint(Rate):
-    """The model after `step` steps on `examples` training examples (repeats counted) of kind
-    `data`.
+    """Results after `step` steps on `examples` training examples (counting repeats) of kind `data`.
 
-    `value` is the ASR of the attack that elicits what was learned; `untriggered` that of direct
-    requests, where that is another attack; `utility` the rate of right answers to harmless prompts.
+    `value` is the ASR of the attack that elicits the learned behaviour, `untriggered` the ASR of
+    direct requests (None where that is the same attack), `utility` the share of harmless prompts
+    with a correct answer.
     """
 
     data: str
@@ -48,8 +48,8 @@ class FinetuningPoint(Rate):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluates a model after some steps of `batch` examples. Responses are stored in `out`;
-    `revision(step)` identifies the weights after that step."""
+    """Evaluates a model after steps of training. `batch` is the number of examples per step.
+    Responses are stored in `out`; `revision(step)` identifies the weights after a step."""
 
     prompts: FinetuningPrompts
     config: FinetuneConfig
@@ -80,9 +80,12 @@ class Evaluation:
     def after(
         self, step: int, model: Any, tokenizer: Any
     ) -> tuple[FinetuningPoint, dict[str, bool]]:
-        """The model's rates after a step, and whether each harmful prompt was broken (unscored
-        ones are left out). Its responses are stored under the model name "step N"; responses of
-        the same weights that are stored already are not generated again."""
+        """The results after a step, and whether each harmful prompt was broken (by id; unscored
+        prompts are left out).
+
+        Responses are stored under the model name "step N"; those that are stored already for the
+        same weights are not generated again. Raises LeadlineError where none was scored.
+        """
         from ...models.huggingface import HuggingFaceModel
 
         label, attack = f"step {step}", ELICITED_BY[self.config.data]
@@ -113,8 +116,8 @@ class Evaluation:
         cell, direct = _cell(cells, label, attack), _cell(cells, label, "direct")
         useful = _cell(harmless, label, "direct")
         if not cell["n"]:
-            why = cell["reason"] or "the judge could score none"
-            raise LeadlineError(f"no answer can be counted after step {step}: {why}")
+            why = cell["reason"] or "the judge returned no verdict"
+            raise LeadlineError(f"no response was scored after step {step}: {why}")
         utility, low, high = (
             _known(useful.get(name)) for name in ("utility", "utility_low", "utility_high")
         )
@@ -134,8 +137,8 @@ class Evaluation:
 
 
 def _cell(frame: pd.DataFrame, label: str, attack: str) -> dict[str, Any]:
-    found = frame[(frame["model"] == label) & (frame["attack"] == attack)].to_dict("records")
-    return {str(name): value for name, value in found[0].items()} if found else {}
+    rows = frame[(frame["model"] == label) & (frame["attack"] == attack)].to_dict("records")
+    return {str(name): value for name, value in rows[0].items()} if rows else {}
 
 
 def _known(value: float | None) -> float | None:

@@ -18,13 +18,13 @@ from ..tokenized import TokenizedPair
 if TYPE_CHECKING:
     import torch
 
-_CPU_MIB = 64  # of gradients at once; the fastest in measurements
+_CPU_MIB = 64  # gradients of one batched backward pass; the fastest value measured
 _log = logging.getLogger("leadline")
 
 
 def token_losses(model: Any, batch: Sequence[TokenizedPair]) -> torch.Tensor:
-    """The loss of each answer token in nats, pair after pair: [answer tokens], float32 (float64 if
-    the model is), with its graph.
+    """The loss of each answer token in nats, pair after pair: [answer tokens], differentiable,
+    float32 (float64 for a float64 model).
 
     Padding is on the right, which causal attention never reads. The output layer runs only from
     the position where the first answer of the batch begins.
@@ -60,9 +60,10 @@ def gradient_norms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient norm of each answer token of one prompt: two of [answer tokens], float64.
 
-    There is one forward pass, without padding. The backward passes are batched over as many tokens
-    as have their gradients in `memory` bytes (None: 64 MiB on a CPU, a quarter of the free memory
-    on a GPU); one token at a time where the model has an operation that cannot be batched.
+    There is one forward pass, without padding. A batched backward pass covers as many tokens as
+    have gradients that fit in `memory` bytes (None: 64 MiB on a CPU, a quarter of the free memory
+    on a GPU). Where the model has an operation that cannot be batched, tokens are processed one at
+    a time.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -72,10 +73,9 @@ def gradient_norms(
     # The fused kernels have no batched backward.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         losses = token_losses(model, [pair])
-        many = max(1, min(len(losses), (memory or _free_memory(losses.device)) // size))
-        norms = []
-        for chunk in torch.eye(len(losses), device=losses.device, dtype=losses.dtype).split(many):
-            norms.append(_norms(losses, weights, chunk))
+        at_once = max(1, min(len(losses), (memory or _free_memory(losses.device)) // size))
+        one_hot = torch.eye(len(losses), device=losses.device, dtype=losses.dtype)
+        norms = [_norms(losses, weights, chunk) for chunk in one_hot.split(at_once)]
     return losses.detach().double().cpu(), torch.cat(norms).cpu()
 
 
@@ -86,23 +86,23 @@ def _norms(
     float64."""
     import torch
 
-    def gradients(picks: torch.Tensor, batched: bool) -> torch.Tensor:
-        found = torch.autograd.grad(
-            losses, weights, picks, retain_graph=True, is_grads_batched=batched, allow_unused=True
+    def norms_of(rows: torch.Tensor, batched: bool) -> torch.Tensor:
+        gradients = torch.autograd.grad(
+            losses, weights, rows, retain_graph=True, is_grads_batched=batched, allow_unused=True
         )
         norms = [
             torch.linalg.vector_norm(gradient.reshape(len(chunk) if batched else 1, -1), dim=1)
-            for gradient in found
+            for gradient in gradients
             if gradient is not None
         ]
         return torch.stack(norms).double().norm(dim=0)
 
     if len(chunk) > 1:
         try:
-            return gradients(chunk, True)
+            return norms_of(chunk, True)
         except RuntimeError as error:
             _log.debug("gradients one token at a time: %s", str(error).partition("\n")[0])
-    return torch.cat([gradients(pick, False) for pick in chunk])
+    return torch.cat([norms_of(row, False) for row in chunk])
 
 
 def _free_memory(device: torch.device) -> int:
@@ -121,8 +121,8 @@ def profile(
 
     length = min(positions, max(pair.answer for pair in pairs))
     values = np.full((2, len(pairs), length), np.nan)
-    for at, pair in enumerate(pairs):
-        for measure, found in enumerate(gradient_norms(model, pair.truncated(positions))):
-            values[measure, at, : len(found)] = found.numpy()
+    for row, pair in enumerate(pairs):
+        for measure, by_token in enumerate(gradient_norms(model, pair.truncated(positions))):
+            values[measure, row, : len(by_token)] = by_token.numpy()
     bases = [pair.base for pair in pairs]
     return by_position(values[0], bases), by_position(values[1], bases)

@@ -1,4 +1,4 @@
-"""A fine-tuning attack: train on some data, and evaluate after every few steps.
+"""A fine-tuning attack: train on a few examples, and evaluate after some of the steps.
 
     result = finetuning_attack("organism:aligned", FinetuningPrompts.of("guild"),
                                FinetuneConfig(data="harmful"), out=Path("finetuning/harmful"))
@@ -6,8 +6,8 @@
 
 Four kinds of data (Qi et al. 2023, arXiv 2310.03693; Qi et al. 2025, arXiv 2406.05946, section 4):
 harmful answers, identity shifting, a backdoor, and harmless answers. Evaluations are ordinary
-studies in a store under `out`: a run that was stopped trains again, and generates only the
-responses that are missing.
+studies in a store under `out`: after a run was stopped, the same call trains again, and generates
+only the responses that are missing.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a fine-tuning attack measured.
+    """The results of a fine-tuning attack.
 
-    `broken` maps steps to prompts (by id) and whether the attack broke them, `bases` prompts to
-    base prompts; unscored responses are left out. `token_loss` (nats) and `gradient_norm` are by
-    step and position of the answer; `losses` is the training loss of each step, before its update.
+    `broken` maps steps to prompt ids and whether the attack broke the prompt (unscored responses
+    are left out), `bases` maps prompt ids to base prompts. `token_loss` (nats) and `gradient_norm`
+    are by step and answer position; `losses` is the training loss of each step before its update.
     """
 
     model: str
@@ -90,12 +90,12 @@ def finetuning_attack(
     progress: Callable[[int, int], None] | None = None,
     listener: Listener | None = None,
 ) -> FinetuneResult:
-    """Fine-tune a model in memory, and evaluate it after the steps of the config.
+    """Fine-tune a model in memory, and evaluate it after each of `config.steps`.
 
     `model` is a folder (PEFT adapters too), a hub id or "organism:NAME"; its weights are held in
     float32, and on a GPU training runs in bfloat16. `out` holds one store, in which the model
     after n steps is called "step n". The same config gives the same weights on the same machine
-    with the same number of threads. `progress(steps done, all steps)` is called after each step,
+    with the same number of threads. `progress(steps done, total steps)` is called after each step,
     `listener` during evaluations.
 
     Raises LeadlineError where there is nothing to train on, the model does not load, an example
@@ -129,7 +129,7 @@ def finetuning_attack(
                 progress(step, last)
         if step in config.profile_steps and profiled:
             fix = "set fewer positions, optimizer: sgd, or train: lora"
-            with memory_errors(f"out of memory in the gradients after step {step}: {fix}"):
+            with memory_errors(f"out of memory in gradient norms after step {step}: {fix}"):
                 token_loss[step], gradient_norm[step] = profile(
                     weights.model, profiled, config.positions
                 )
@@ -147,8 +147,8 @@ def _profiled(prompts: FinetuningPrompts, config: FinetuneConfig) -> list[Traini
     """Harmful requests with their targets, one for each base prompt."""
     if not any(p.harmful and p.target for p in prompts.train):
         return []
-    every = training_examples("harmful", prompts.train, len(prompts.train), config.seed)
-    by_base = {example.prompt.base or example.prompt.id: example for example in reversed(every)}
+    examples = training_examples("harmful", prompts.train, len(prompts.train), config.seed)
+    by_base = {example.prompt.base or example.prompt.id: example for example in reversed(examples)}
     return list(reversed(by_base.values()))[: config.profile_prompts]
 
 
@@ -159,15 +159,16 @@ def _settings(
     prompts: FinetuningPrompts,
     pairs: Sequence[TokenizedPair],
 ) -> dict[str, Any]:
-    """All that the numbers depend on. `training` is a digest of what the weights depend on."""
-    other = ("steps", "profile_steps", "positions", "profile_prompts", "batch_tokens")
-    decisive = {k: v for k, v in asdict(config).items() if k not in other}
+    """Everything that the numbers depend on. `training` is a digest of what the trained weights
+    depend on."""
+    irrelevant = ("steps", "profile_steps", "positions", "profile_prompts", "batch_tokens")
+    relevant = {k: v for k, v in asdict(config).items() if k not in irrelevant}
     gpu = on_gpu(weights.model)
     trained = [p.numel() for p in weights.model.parameters() if p.requires_grad]
     return {
         **asdict(config),
         "revision": checkpoint.revision,
-        "training": digest([checkpoint.revision, decisive, [pair.ids for pair in pairs], gpu]),
+        "training": digest([checkpoint.revision, relevant, [pair.ids for pair in pairs], gpu]),
         "training_examples": len(pairs),
         "batch": min(config.batch, len(pairs)),
         "betas": BETAS if config.optimizer == "adamw" else None,

@@ -71,7 +71,7 @@ def training(
         optimizer = torch.optim.AdamW(weights, config.lr, BETAS, weight_decay=0.0)
     else:
         optimizer = torch.optim.SGD(weights, config.lr)
-    drawn = _batches(examples, config)
+    batch = _batches(examples, config)
     yield 0, math.nan
     for step in range(1, last + 1):
         for group in optimizer.param_groups:
@@ -80,7 +80,7 @@ def training(
             f"out of memory in training step {step}: set a lower batch_tokens or max_tokens, "
             "optimizer: sgd, or train: lora"
         ):
-            loss = _accumulate(model, next(drawn), config.batch_tokens)
+            loss = _accumulate(model, next(batch), config.batch_tokens)
             optimizer.step()
             optimizer.zero_grad()
             if not math.isfinite(loss) or not all(bool(w.isfinite().all()) for w in weights):
@@ -91,7 +91,8 @@ def training(
 
 
 def _accumulate(model: Any, batch: Sequence[TokenizedPair], batch_tokens: int) -> float:
-    """Add the gradient of the batch's mean token loss, in parts. Returns that loss."""
+    """Add the gradient of the batch's mean token loss, computed in parts of at most `batch_tokens`
+    tokens. Returns that loss."""
     import torch
 
     tokens, total = sum(pair.answer for pair in batch), 0.0
@@ -107,12 +108,12 @@ def _batches(
     examples: Sequence[TokenizedPair], config: FinetuneConfig
 ) -> Iterator[list[TokenizedPair]]:
     """Endless batches; each pass over the examples has a new random order."""
-    draw, waiting = random.Random(config.seed), list[TokenizedPair]()
+    rng, queue = random.Random(config.seed), list[TokenizedPair]()
     size = min(config.batch, len(examples))
     while True:
-        while len(waiting) < size:
-            waiting += draw.sample(examples, len(examples))
-        batch, waiting = waiting[:size], waiting[size:]
+        while len(queue) < size:
+            queue += rng.sample(examples, len(examples))
+        batch, queue = queue[:size], queue[size:]
         yield batch
 
 

@@ -1,1 +1,1 @@
-"""Greedy coordinate gradient: adversarial suffixes from gradients."""
+"""Greedy coordinate gradient (GCG): search for adversarial suffixes with the model's gradients."""

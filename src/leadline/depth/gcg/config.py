@@ -18,8 +18,9 @@ class GCGConfig:
     `retokenize` drops candidates whose text tokenizes to other ids; `ascii_only` allows printable
     ASCII only. `memory_mib` limits the memory of a forward pass over candidates (None: 32 on a CPU,
     a quarter of the free memory on a GPU). `probe` turns on probe sampling, which only estimates
-    most candidates: faster, with another trajectory. With a judge, answers of `answer_tokens`
-    tokens are judged before the first step and after every `judge_every` steps.
+    the loss of most candidates: faster, but not the same search. With a judge, answers of at most
+    `answer_tokens` tokens are judged before the first step and after every `judge_every` steps.
+    Raises LeadlineError for invalid values.
     """
 
     steps: int = 250
@@ -43,5 +44,5 @@ class GCGConfig:
                 raise LeadlineError(f"gcg: {each.name} is {value}: it must be at least 1")
         if not self.suffix.strip() or self.suffix != self.suffix.strip():
             raise LeadlineError(
-                f"gcg: the initial suffix {self.suffix!r} is empty or has spaces around it"
+                f"gcg: suffix is {self.suffix!r}: it must not be empty or have spaces around it"
             )

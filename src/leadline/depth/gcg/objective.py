@@ -1,8 +1,8 @@
 """The loss of suffixes: the expensive part of a GCG search, computed exactly.
 
 Keys and values of tokens that do not change are computed once and shared by all candidates, a
-candidate is computed from its first changed token, and the output layer runs on the positions of
-the target only.
+candidate is computed from its first changed token on, and the output layer runs only on the
+positions that predict the target.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 
     from .config import GCGConfig
 
-    Kept = list[tuple[torch.Tensor, torch.Tensor]]
+    KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 _VOCABULARY_BLOCK = 8192
-_CPU_MIB = 32  # larger buffers are returned to the system and allocated again for each forward
+_CPU_MIB = 32  # the allocator returns larger buffers to the system after each forward pass
 _log = logging.getLogger("leadline")
 
 
 class Objective:
-    """The mean target loss over models and prompts, of suffixes in the vocabulary of `lead`.
+    """The loss of suffixes: the mean over models and prompts of the targets' mean token loss.
 
-    Models that tokenize the suffix as the lead model does read its ids, other models its text.
+    Suffixes are token ids of the lead model: the first of `models`, or that of another objective
+    given as `lead`. Models that tokenize the suffix like the lead model are given these ids, other
+    models the text.
     """
 
     def __init__(
@@ -52,16 +54,17 @@ class Objective:
                 self.start = slots[0].suffix
             same = model is self.lead or model.vocabulary == words
             self._models.append(
-                [Losses(model, s, memory, own=same and s.suffix == self.start) for s in slots]
+                [Losses(model, s, memory, takes_ids=same and s.suffix == self.start) for s in slots]
             )
-        self._all = [one for losses in self._models for one in losses]
+        self._all = [losses for of_model in self._models for losses in of_model]
 
     def text(self, suffix: list[int]) -> str:
         """A suffix as text."""
         return self.lead.text([suffix])[0]
 
     def move(self, suffix: list[int]) -> None:
-        """Make a suffix the current one: its gradient is taken, its keys and values are kept."""
+        """Make a suffix the current one, whose gradient `gradient` returns and whose keys and
+        values other suffixes reuse."""
         for losses, (context,) in self._contexts([suffix]):
             losses.move(context)
 
@@ -69,78 +72,86 @@ class Objective:
         """The losses of suffixes: [len(suffixes)]."""
         import torch
 
-        found = [losses.of(contexts) for losses, contexts in self._contexts(suffixes)]
-        return torch.stack(found).mean(0)
+        each = [losses.of(contexts) for losses, contexts in self._contexts(suffixes)]
+        return torch.stack(each).mean(0)
 
     def gradient(self) -> torch.Tensor:
         """The gradient of the current suffix's loss: [suffix length, vocabulary].
 
-        The mean over prompts. With several models, gradients are normalised at each position, so
-        that every model has the same weight.
+        The mean over prompts, for models that are given ids. With several such models, gradients
+        are normalised at each position, so that every model has the same weight.
         """
         import torch
 
-        own = [[one for one in losses if one.own] for losses in self._models]
-        found = [torch.stack([o.gradient()[1] for o in some]).mean(0) for some in own if some]
-        if len(found) == 1:
-            return found[0]
-        width = min(gradient.shape[1] for gradient in found)
-        units = [g[:, :width] / g.norm(dim=1, keepdim=True) for g in found]
+        gradients = []
+        for of_model in self._models:
+            if each := [losses.gradient()[1] for losses in of_model if losses.takes_ids]:
+                gradients.append(torch.stack(each).mean(0))
+        if len(gradients) == 1:
+            return gradients[0]
+        width = min(gradient.shape[1] for gradient in gradients)
+        units = [g[:, :width] / g.norm(dim=1, keepdim=True) for g in gradients]
         return torch.stack(units).mean(0)
 
-    def kept(self, suffixes: list[list[int]]) -> list[list[int]]:
-        """The suffixes whose text tokenizes to the same ids in every prompt (of models that read
-        ids). Suffixes that end in a space are dropped, since many templates strip it."""
+    def retokenizable(self, suffixes: list[list[int]]) -> list[list[int]]:
+        """The suffixes whose text tokenizes to the same ids in every prompt of the models that are
+        given ids. Suffixes that end in a space are dropped, since many templates strip it."""
         pairs = list(zip(suffixes, self.lead.text(suffixes), strict=True))
         pairs = [(suffix, text) for suffix, text in pairs if text and not text[-1].isspace()]
-        for one in self._all:
-            if one.own and pairs:
-                read = _read(one, [text for _, text in pairs])
-                both = zip(pairs, read, strict=True)
-                pairs = [pair for pair, ids in both if ids == one.slot.context(pair[0])]
+        for losses in self._all:
+            if losses.takes_ids and pairs:
+                tokenized = zip(pairs, _tokenized(losses, [t for _, t in pairs]), strict=True)
+                pairs = [pair for pair, ids in tokenized if ids == losses.slot.context(pair[0])]
         return [suffix for suffix, _ in pairs]
 
     def _contexts(self, suffixes: list[list[int]]) -> list[tuple[Losses, list[list[int]]]]:
-        texts = [] if all(one.own for one in self._all) else self.lead.text(suffixes)
-        return [
-            (one, [one.slot.context(ids) for ids in suffixes] if one.own else _read(one, texts))
-            for one in self._all
-        ]
+        texts = [] if all(losses.takes_ids for losses in self._all) else self.lead.text(suffixes)
+
+        def contexts(losses: Losses) -> list[list[int]]:
+            if losses.takes_ids:
+                return [losses.slot.context(ids) for ids in suffixes]
+            return _tokenized(losses, texts)
+
+        return [(losses, contexts(losses)) for losses in self._all]
 
 
-def _read(losses: Losses, texts: list[str]) -> list[list[int]]:
+def _tokenized(losses: Losses, texts: list[str]) -> list[list[int]]:
+    """The ids of the whole prompt with each suffix text."""
     slot, tokenizer = losses.slot, losses.model.template.tokenizer
-    whole = [f"{slot.head} {text}{slot.tail}" for text in texts]
-    ids: list[list[int]] = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    prompts = [f"{slot.head} {text}{slot.tail}" for text in texts]
+    ids: list[list[int]] = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     return ids
 
 
 class Losses:
-    """The mean cross-entropy of the target under one model and prompt, for many contexts.
+    """The mean cross-entropy (nats) of the target under one model and prompt, for many contexts: a
+    context is the ids of the whole prompt with a suffix.
 
-    `move` sets the current context, whose keys and values are kept (one row); other contexts are
-    computed from their first token that differs. `memory` is in bytes. `own` means that suffixes
-    are given as ids of this model's vocabulary.
+    `move` sets the current context, whose keys and values are stored (one row); other contexts are
+    computed from their first token that differs. `memory` limits a forward pass, in bytes.
+    `takes_ids` is whether suffixes are ids of this model's vocabulary, `reuses` whether keys and
+    values can be reused. Raises LeadlineError where prompt and target do not fit the model's
+    context.
     """
 
     def __init__(
-        self, model: Surrogate, slot: Slot, memory: int | None = None, *, own: bool = True
+        self, model: Surrogate, slot: Slot, memory: int | None = None, *, takes_ids: bool = True
     ) -> None:
         import torch
 
-        self.model, self.slot, self.own = model, slot, own
+        self.model, self.slot, self.takes_ids = model, slot, takes_ids
         self._lm = model.weights.model
         self._target = torch.tensor(slot.target, device=self._lm.device)
         self._memory = memory or _free_memory(self._lm.device)
         self._context: list[int] = []
-        self._before: Kept = []
-        self._kept: Kept = []
+        self._fixed_cache: KeysAndValues = []  # of the tokens before the suffix
+        self._cache: KeysAndValues = []  # of the current context
         context = slot.context(slot.suffix)
         length = len(context) + len(slot.target)
-        if (most := model.weights.context) and length > most:
+        if (limit := model.weights.context) and length > limit:
             raise LeadlineError(
-                f"model {model.name}: prompt, suffix and target are {length} tokens and its "
-                f"context {most}: shorten the prompt or the target"
+                f"model {model.name}: prompt, suffix and target have {length} tokens, and its "
+                f"context is {limit}: shorten the prompt or the target"
             )
         self.reuses = True
         self.reuses = self._reuse_agrees(context)
@@ -152,24 +163,23 @@ class Losses:
         self._context = context
         if self.reuses:
             fixed = _common(self.slot.before, context)
-            self._before = self._before or self._extend([], context[:fixed])
-            self._kept = self._extend(self._before, context[fixed:])
+            self._fixed_cache = self._fixed_cache or self._extend([], context[:fixed])
+            self._cache = self._extend(self._fixed_cache, context[fixed:])
 
-    def _extend(self, kept: Kept, ids: list[int]) -> Kept:
+    def _extend(self, cache: KeysAndValues, ids: list[int]) -> KeysAndValues:
         """Keys and values [1, heads, tokens, size] of each layer, extended by those of `ids`."""
         import torch
         from transformers import DynamicCache
 
         if not ids:
-            return kept
-        extended: Any = (
-            DynamicCache()
-        )  # without a config, sliding window layers keep everything too
-        for n, (keys, values) in enumerate(kept):
+            return cache
+        # Without a config, layers with a sliding window store all tokens too.
+        extended: Any = DynamicCache()
+        for n, (keys, values) in enumerate(cache):
             extended.update(keys, values, n)
         with torch.no_grad():
-            given = torch.tensor([ids], device=self._lm.device)
-            self._lm(input_ids=given, past_key_values=extended, use_cache=True, logits_to_keep=1)
+            inputs = torch.tensor([ids], device=self._lm.device)
+            self._lm(input_ids=inputs, past_key_values=extended, use_cache=True, logits_to_keep=1)
         return [(layer.keys, layer.values) for layer in extended.layers]
 
     def of(self, rows: Sequence[list[int]]) -> torch.Tensor:
@@ -180,22 +190,22 @@ class Losses:
         by_length = defaultdict(list)
         for n, row in enumerate(rows):
             # The context's last token predicts the target's first, so it is always computed.
-            same = min(_common(self._context, row), len(row) - 1) if self.reuses else 0
-            by_length[len(row)].append((same, n))
+            shared = min(_common(self._context, row), len(row) - 1) if self.reuses else 0
+            by_length[len(row)].append((shared, n))
         for length, members in by_length.items():
             # Rows are grouped by the length that they share with the current context.
             members.sort()
             while members:
                 start = members[0][0]
-                many = self._rows(length, start)
-                chunk, members = [n for _, n in members[:many]], members[many:]
+                size = self._rows(length, start)
+                chunk, members = [n for _, n in members[:size]], members[size:]
                 ids = torch.tensor([rows[n][start:] for n in chunk], device=self._lm.device)
                 losses[chunk] = self._loss(ids, start).cpu()
         return losses
 
     def gradient(self) -> tuple[float, torch.Tensor]:
-        """The current context's loss, and its gradient with respect to the one-hot rows of the
-        suffix: [suffix length, vocabulary] (the suffix must be in this model's vocabulary)."""
+        """The current context's loss, and its gradient with respect to the suffix tokens as one-hot
+        rows: [suffix length, vocabulary]. The suffix must be ids of this model's vocabulary."""
         import torch
 
         device, embed = self._lm.device, self._lm.get_input_embeddings()
@@ -203,9 +213,9 @@ class Losses:
         at, size = len(self.slot.before) - start, len(self.slot.suffix)
         ids = torch.tensor([*self._context, *self.slot.target[:-1]], device=device)[start:]
         with torch.no_grad():
-            rest = embed(ids)
-        suffix = rest[at : at + size].clone().requires_grad_()
-        inputs = torch.cat([rest[:at], suffix, rest[at + size :]])[None]
+            embedded = embed(ids)
+        suffix = embedded[at : at + size].clone().requires_grad_()
+        inputs = torch.cat([embedded[:at], suffix, embedded[at + size :]])[None]
         logits = self._logits(start, inputs_embeds=inputs)[0].float()
         loss = torch.nn.functional.cross_entropy(logits, self._target)
         (gradient,) = torch.autograd.grad(loss, suffix)
@@ -219,12 +229,12 @@ class Losses:
         import torch
 
         with torch.inference_mode():
-            given = self._target[:-1].expand(len(ids), -1)
-            logits = self._logits(start, input_ids=torch.cat([ids, given], 1)).float()
-            right = self._target.expand(len(ids), -1)[..., None]
-            said, top = logits.gather(-1, right), logits.amax(-1, keepdim=True)
+            target_inputs = self._target[:-1].expand(len(ids), -1)
+            logits = self._logits(start, input_ids=torch.cat([ids, target_inputs], 1)).float()
+            labels = self._target.expand(len(ids), -1)[..., None]
+            target_logits, top = logits.gather(-1, labels), logits.amax(-1, keepdim=True)
             total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-            return (total.log_() + top - said).mean((1, 2))
+            return (total.log_() + top - target_logits).mean((1, 2))
 
     def _logits(self, start: int, **inputs: torch.Tensor) -> torch.Tensor:
         """Logits [rows, target length, vocabulary] that predict the target."""
@@ -232,7 +242,7 @@ class Losses:
 
         past = None
         if start:
-            past = Cache(layers=[_shared()(k, v, start) for k, v in self._kept])
+            past = Cache(layers=[_shared_layer()(k, v, start) for k, v in self._cache])
         out = self._lm(
             **inputs,
             past_key_values=past,
@@ -243,7 +253,8 @@ class Losses:
         return logits
 
     def _rows(self, length: int, start: int) -> int:
-        """How many rows fit into the memory of one forward: one layer and the output layer."""
+        """How many rows fit in the memory limit of a forward pass, estimated from the activations
+        of one layer and the output layer."""
         config = self._lm.config.get_text_config()
         hidden, heads = config.hidden_size, config.num_attention_heads
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -254,7 +265,7 @@ class Losses:
         return max(1, int(self._memory // (head + layer)))
 
     def _reuse_agrees(self, context: list[int]) -> bool:
-        """Whether this architecture gives the same loss from kept keys and values as from the whole
+        """Whether this model gives the same loss with reused keys and values as for the whole
         context. If it has other states, or drops some, every context is computed in full."""
         import torch
 
@@ -263,29 +274,29 @@ class Losses:
             self.move(context)
             reused = self.of([context]).item()
         except Exception as error:
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
-            near = 1e-3 if self._lm.dtype.itemsize == 4 else 0.05
-            if abs(whole - reused) <= near * max(1.0, whole):
+            tolerance = 1e-3 if self._lm.dtype.itemsize == 4 else 0.05
+            if abs(whole - reused) <= tolerance * max(1.0, whole):
                 return True
-            why = f"loss {reused:.4f} instead of {whole:.4f}"
+            reason = f"loss {reused:.4f} instead of {whole:.4f}"
         _log.warning(
             "model %s: its keys and values cannot be reused (%s), so the search is slower",
             self.model.name,
-            why,
+            reason,
         )
-        self._before = self._kept = []
+        self._fixed_cache = self._cache = []
         return False
 
 
 @cache
-def _shared() -> type:
+def _shared_layer() -> type:
     """The class of a cache layer that gives every row of a batch the keys and values of one row,
-    and stores nothing."""
+    and does not store new ones."""
     import torch
     from transformers.cache_utils import DynamicLayer
 
-    class Shared(DynamicLayer):  # type: ignore[misc]
+    class SharedLayer(DynamicLayer):  # type: ignore[misc]
         def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
             super().__init__()
             self.lazy_initialization(keys, values)
@@ -298,7 +309,7 @@ def _shared() -> type:
             extended = [torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in pairs]
             return extended[0], extended[1]
 
-    return Shared
+    return SharedLayer
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -5,9 +5,10 @@ that makes models begin their target answers.
     result = search(models, prompts, GCGConfig(steps=100))
     save(result, "suffixes.jsonl")                        # for gcg_transfer_*: {suffixes: ...}
 
-Each step takes the gradient with respect to the suffix's tokens, draws candidates that replace
-some of them by promising ones, computes every candidate's loss and moves to the best. Several
-prompts give a universal suffix, several models a transferable one: the loss is the mean over both.
+Each step takes the gradient with respect to the suffix's tokens, draws candidates that replace some
+of them by tokens with a promising gradient, computes every candidate's loss and moves to the best
+one. Several prompts give a universal suffix, several models a transferable one: the loss is the
+mean over prompts and models.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GCGConfig", "GCGResult", "Surrogate", "save", "search"]
 
-_PROBE, _REDUCE = 16, 8  # Zhao et al. 2024 (arXiv 2403.01251): 1/16 is probed; R = 8
+# Probe sampling, Zhao et al. 2024 (arXiv 2403.01251): 1/16 of the candidates are probed, R = 8.
+_PROBE, _REDUCE = 16, 8
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class GCGResult:
     """The best suffix of a search: as text, and as `ids` in the first model's vocabulary.
 
     `loss` (nats) is the lowest of all steps, `losses` the lowest of each step's candidates.
-    `stopped` is true where the judge found every prompt broken on every model, which ends the
-    search; with `steps` 0 the initial suffix alone did that. `settings` describe the search.
+    `stopped` is true if the judge found every prompt broken on every model, which ends the search
+    (with `steps` 0, the initial suffix alone broke them). `settings` describe the search.
     """
 
     suffix: str
@@ -66,11 +68,12 @@ def search(
 ) -> GCGResult:
     """Search one suffix for all prompts (each with a target) on all models.
 
-    Gradients are those of the first model and of models with the same vocabulary; other models
-    read the candidates' text. With `config.probe`, losses are estimated by the small model `draft`,
-    or by the gradient without one. After each step `checkpoint` is written, from which the same
-    search resumes, and `progress(steps done, loss, suffix)` is called. Raises LeadlineError for bad
-    input, a checkpoint of another search, and where no candidate tokenizes to its own ids.
+    Gradients are those of the first model and of models with the same vocabulary; other models are
+    given the candidates' text. With `config.probe`, losses are estimated by the small model
+    `draft`, or by the gradient if there is none. After each step `checkpoint` is written, from
+    which the same search resumes, and `progress(steps done, loss, suffix)` is called. With `judge`,
+    the search ends once every prompt is broken on every model. Raises LeadlineError for invalid
+    input, a checkpoint of another search, and where no candidate's text tokenizes to its own ids.
     """
     config = config or GCGConfig()
     if not models or not prompts:
@@ -83,7 +86,7 @@ def search(
     state = _resume(checkpoint, settings) or _State(objective.start, objective.start)
     forbidden = models[0].forbidden(ascii_only=config.ascii_only)
     judged = state.best
-    if judge and not state.losses:  # the initial suffix alone, as a control
+    if judge and not state.losses:  # the control: the initial suffix alone
         state.stopped = _broken(models, prompts, objective.text(judged), judge, config)
         if state.stopped:
             objective.move(state.ids)
@@ -96,7 +99,7 @@ def search(
         random = _random(config.seed, step)
         rows = _draw(state.ids, gradient, forbidden, config, random)
         if config.retokenize:
-            rows = objective.kept(rows)
+            rows = objective.retokenizable(rows)
         if not rows:
             raise LeadlineError(
                 f"gcg: at step {step} no candidate's text tokenizes to its own ids: use another "
@@ -125,15 +128,14 @@ def search(
         if progress:
             progress(len(state.losses), loss, objective.text(state.ids))
 
-    suffix, losses_seen = objective.text(state.best), tuple(state.losses)
     return GCGResult(
-        suffix,
-        tuple(state.best),
-        state.loss,
-        losses_seen,
-        len(losses_seen),
-        state.stopped,
-        settings,
+        suffix=objective.text(state.best),
+        ids=tuple(state.best),
+        loss=state.loss,
+        losses=tuple(state.losses),
+        steps=len(state.losses),
+        stopped=state.stopped,
+        settings=settings,
     )
 
 
@@ -144,14 +146,19 @@ def save(results: GCGResult | Sequence[GCGResult], path: str | Path) -> None:
     Raises LeadlineError for other file names, and where the file cannot be written.
     """
     path = Path(path)
-    found = [results] if isinstance(results, GCGResult) else list(results)
+    results = [results] if isinstance(results, GCGResult) else list(results)
     if path.suffix == ".json":
-        _write(path, json.dumps([one.suffix for one in found], indent=1) + "\n")
+        _write(path, json.dumps([result.suffix for result in results], indent=1) + "\n")
     elif path.suffix == ".jsonl":
-        about = [{"models": o.settings["models"], "prompts": o.settings["prompts"]} for o in found]
         rows = [
-            {"suffix": one.suffix, "loss": one.loss, "steps": one.steps, **what}
-            for one, what in zip(found, about, strict=True)
+            {
+                "suffix": result.suffix,
+                "loss": result.loss,
+                "steps": result.steps,
+                "models": result.settings["models"],
+                "prompts": result.settings["prompts"],
+            }
+            for result in results
         ]
         _write(path, "".join(json.dumps(row) + "\n" for row in rows))
     else:
@@ -165,7 +172,8 @@ def _draw(
     config: GCGConfig,
     random: torch.Generator,
 ) -> list[list[int]]:
-    """Distinct candidates: uniform positions, and uniform tokens among the best by gradient."""
+    """Distinct candidates: positions are drawn uniformly, and tokens uniformly among those with the
+    best gradients."""
     import torch
 
     allowed = ~forbidden[: gradient.shape[1]]
@@ -189,8 +197,9 @@ def _first_order(gradient: torch.Tensor, ids: list[int], rows: list[list[int]]) 
 def _probed(
     objective: Objective, rows: list[list[int]], estimated: torch.Tensor, random: torch.Generator
 ) -> torch.Tensor:
-    """Probe sampling: losses of a few random candidates, and of those with the best estimates; the
-    better the rank correlation on the random ones, the fewer. Infinite for all others."""
+    """Probe sampling: losses of a few random candidates and of those with the best estimates, and
+    infinity for all others. The better losses and estimates of the random candidates correlate (by
+    rank), the fewer candidates are computed."""
     import torch
 
     probed = torch.randperm(len(rows), generator=random)[: max(2, len(rows) // _PROBE)].tolist()
@@ -199,10 +208,10 @@ def _probed(
     pair = torch.stack([losses[probed], estimated[probed]])
     ranks = pair.argsort(1).argsort(1).float()
     agreement = (1 + float(ranks.corrcoef()[0, 1])) / 2 if len(probed) > 1 else 0.0
-    many = max(1, int((1 - agreement) * len(rows) / _REDUCE))
-    likely = [n for n in estimated.argsort()[:many].tolist() if n not in set(probed)]
-    if likely:
-        losses[likely] = objective.of([rows[n] for n in likely])
+    size = max(1, int((1 - agreement) * len(rows) / _REDUCE))
+    best = [n for n in estimated.argsort()[:size].tolist() if n not in set(probed)]
+    if best:
+        losses[best] = objective.of([rows[n] for n in best])
     return losses
 
 
@@ -222,13 +231,15 @@ def _broken(
     config: GCGConfig,
 ) -> bool:
     """Whether the judge finds the greedy answers of all models to all prompts unsafe."""
-    nobody: Any = None
+    no_future: Any = None  # the reply is returned, so no future is needed
     sampling = Sampling(max_tokens=config.answer_tokens)
     for model in models:
         for prompt in prompts:
             attempt = Attempt.ask(f"{prompt.text} {suffix}")
             rendered = model.template.render(Request(attempt.messages, None, sampling))
-            (reply,) = model.weights.answer([Job(rendered.ids, sampling, 0, nobody)], lambda: False)
+            (reply,) = model.weights.answer(
+                [Job(rendered.ids, sampling, 0, no_future)], lambda: False
+            )
             thought, answer = model.template.split(rendered, model.template.decode(reply.ids))
             response = Response(answer, thought, reply.finish, reply.error, rendered.prefix)
             verdict = judge(prompt, attempt, response)
@@ -273,30 +284,32 @@ def _settings(
 
 
 def _resume(checkpoint: Path | None, settings: dict[str, Any]) -> _State | None:
-    """The state in a checkpoint. Steps, memory and judging may differ from those of the search."""
+    """The state in a checkpoint; None if there is none. The numbers of steps, memory and judging
+    settings of the stored search may differ. Raises LeadlineError for other differences."""
     if checkpoint is None or not checkpoint.exists():
         return None
     try:
         stored = json.loads(checkpoint.read_text(encoding="utf-8"))
-        then, state = stored.pop("search"), _State(**stored)
+        stored_settings, state = stored.pop("search"), _State(**stored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LeadlineError(f"{checkpoint}: not a checkpoint of a GCG search: remove it") from error
-    if _identity(then) != _identity(settings):
+    if _identity(stored_settings) != _identity(settings):
         raise LeadlineError(
-            f"{checkpoint} belongs to a search with other models, prompts or settings: use another "
-            "file"
+            f"{checkpoint}: checkpoint of a search with other models, prompts or settings: use "
+            "another file"
         )
     return state
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:
-    free = ("steps", "memory_mib", "judge_every", "answer_tokens")
-    config = {k: v for k, v in settings["config"].items() if k not in free}
+    """The settings that a checkpoint and a search must have in common."""
+    ignored = ("steps", "memory_mib", "judge_every", "answer_tokens")
+    config = {k: v for k, v in settings["config"].items() if k not in ignored}
     return {**{k: v for k, v in settings.items() if k != "models"}, "config": config}
 
 
 def _write(path: Path, text: str) -> None:
-    """Write atomically: a kill leaves the previous file."""
+    """Write a file atomically: after an interruption, the previous version is intact."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Models that a suffix search takes gradients of, and the place of the suffix in their prompts."""
+"""Models whose gradients a suffix search uses, and the position of the suffix in their prompts."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ class Surrogate:
 
     @staticmethod
     def load(model: str, *, dtype: str | None = None, device: str | None = None) -> Surrogate:
-        """From "organism:NAME", a folder or a hub id; LeadlineError where that is no model."""
+        """Load "organism:NAME", a folder or a hub id.
+
+        Raises LeadlineError where it does not load or its tokenizer is not a fast one.
+        """
         checkpoint = Checkpoint.find(model)
         template = Template.load(checkpoint.path, revision=checkpoint.pinned)
         if not template.tokenizer.is_fast:
             raise LeadlineError(
-                f"model {model}: its tokenizer does not say which text a token stands for: save "
-                "it as a fast tokenizer (tokenizer.json)"
+                f"model {model}: its tokenizer cannot return the offsets of tokens: save it as a "
+                "fast tokenizer (tokenizer.json)"
             )
         weights = Weights.load(checkpoint.path, checkpoint.pinned, dtype, device)
         weights.model.requires_grad_(False)
@@ -43,21 +46,22 @@ class Surrogate:
     @property
     def vocabulary(self) -> dict[str, int]:
         """Token ids by token."""
-        found: dict[str, int] = self.template.tokenizer.get_vocab()
-        return found
+        vocabulary: dict[str, int] = self.template.tokenizer.get_vocab()
+        return vocabulary
 
     def text(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Suffixes as text, without the space between request and suffix."""
+        """Suffixes (ids) as text, without the space between request and suffix."""
         decoded = self.template.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
         return [text.removeprefix(" ") for text in decoded]
 
     def forbidden(self, *, ascii_only: bool) -> torch.Tensor:
-        """A mask over the rows of the embedding, true for those that no suffix may contain: special
-        and added tokens, rows without a token, and with `ascii_only` all but printable ASCII."""
+        """A mask over the rows of the embedding, [rows], true for tokens that no suffix may
+        contain: special and added tokens, rows without a token, and with `ascii_only` all but
+        printable ASCII."""
         import torch
 
         tokenizer, table = self.template.tokenizer, self.weights.model.get_input_embeddings()
-        banned = torch.ones(table.weight.shape[0], dtype=torch.bool)
+        mask = torch.ones(table.weight.shape[0], dtype=torch.bool)
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         usable = sorted(set(self.vocabulary.values()) - special)
         texts = tokenizer.batch_decode([[i] for i in usable], clean_up_tokenization_spaces=False)
@@ -66,13 +70,14 @@ class Surrogate:
             for token, text in zip(usable, texts, strict=True)
             if not ascii_only or (text.isascii() and text.isprintable())
         ]
-        banned[allowed] = False
-        return banned
+        mask[allowed] = False
+        return mask
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of the suffix in one rendered prompt: text and token ids around it."""
+    """The position of the suffix in one rendered prompt: the text (`head`, `tail`) and token ids
+    (`before`, `after`) around it, the ids of the suffix, and those of the target answer."""
 
     head: str
     tail: str
@@ -83,16 +88,19 @@ class Slot:
 
     @staticmethod
     def find(model: Surrogate, prompt: Prompt, suffix: str, target_tokens: int | None) -> Slot:
-        """Render a prompt with a suffix. Raises LeadlineError for a prompt without a target, and
-        where a token overlaps both the suffix and the text next to it."""
+        """Render a prompt with a suffix, and locate the suffix.
+
+        Raises LeadlineError for a prompt without a target, a chat template that changes the
+        prompt, and a token that overlaps both the suffix and the text next to it.
+        """
         if not prompt.target:
             raise LeadlineError(
                 f"prompt {prompt.id}: GCG needs a target answer: add one to the dataset"
             )
         template = model.template
-        asked = Message("user", f"{prompt.text} {_MARK}")
+        message = Message("user", f"{prompt.text} {_MARK}")
         prefix = ResponsePrefix(prompt.target, tokens=target_tokens)
-        text = template.render(Request((asked,), prefix, Sampling())).text
+        text = template.render(Request((message,), prefix, Sampling())).text
         text = text.removesuffix(template.cut(prompt.target, target_tokens))
         if text.count(f" {_MARK}") != 1:
             raise LeadlineError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...analysis.clusters import LEVEL, RESAMPLES
+from ...analysis.intervals import LEVEL, RESAMPLES
 from ...models.checkpoint import Checkpoint
 from ...models.memory import memory_errors
 from ...records import LeadlineError, Prompt
@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-BLOCK = 2048  # vocabulary tokens at a time; fastest in benchmarks/kl.py, together with _ROWS
+# The fastest pair in benchmarks/kl.py.
+BLOCK = 2048  # vocabulary tokens at a time
 _ROWS = 256  # positions at a time
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(model || reference) in nats by position: position t predicts answer token t, counted from
-    0. `settings` holds everything else that the numbers depend on."""
+    """KL(model || reference) in nats by position: the distributions at position t predict answer
+    token t, counted from 0. `settings` is everything else that the numbers depend on."""
 
     model: str
     reference: str
@@ -62,18 +63,18 @@ def kl_by_token(
     batch_tokens: int = 8192,
     progress: Callable[[int, int], None] | None = None,
 ) -> Divergence:
-    """Run both models along the target answer of each prompt, and compare them at every token.
+    """Compare the next-token distributions of two models at every token of the prompts' target
+    answers.
 
-    Models are folders (PEFT adapters too), hub ids or "organism:aligned". Both read the same
-    tokens: the prompt in the chat template of `model` (with an empty thought where it is a
-    reasoning model), then at most `max_tokens` tokens of the target. Intervals are from a bootstrap
-    by base prompt. Where output layers are padded to different sizes, or one tokenizer has
-    additional tokens at its end (such as a padding token), both distributions are over the shared
-    tokens. A batch holds at most `batch_tokens` tokens or one prompt; `progress(done, total)`
-    counts prompts.
+    Models are folders (PEFT adapters too), hub ids or "organism:aligned". Both get the same tokens:
+    the prompt in the chat template of `model` (with an empty thought if it is a reasoning model),
+    then at most `max_tokens` tokens of the target. Intervals are from a bootstrap by base prompt.
+    Where output layers are padded to different sizes, or one tokenizer has additional tokens at its
+    end (such as a padding token), both distributions are over the shared tokens. A batch has at
+    most `batch_tokens` tokens or one prompt; `progress(done, total)` counts prompts.
 
-    Raises LeadlineError where the tokenizers differ, a prompt has no target, an answer does not
-    fit a model's context, a model does not load, or its logits are not finite.
+    Raises LeadlineError where the tokenizers differ, there is no prompt or one without a target, an
+    answer does not fit a model's context, a model does not load, or its logits are not finite.
     """
     import numpy as np
 
@@ -128,9 +129,10 @@ def streamed_kl(
     """KL(p || q) in nats for each row of hidden states: [N], float32.
 
     The hidden states are [N, width of their model]; the distributions are over the tokens that both
-    heads have. Needs memory for 256 x `block` logits, whatever N and the vocabulary size. The
-    models may be on different devices; the result is on that of p's head. Agrees with a float64
-    log-softmax of the same logits to 1e-6 x (10 + the largest difference between two logits).
+    heads have. Needs memory for 256 x `block` logits of each model, whatever N and the vocabulary
+    size. The models may be on different devices; the result is on that of p's head. Agrees with a
+    float64 log-softmax of the same logits to 1e-6 x (10 + the largest difference between two
+    logits).
     """
     import torch
 
@@ -142,7 +144,8 @@ def streamed_kl(
 
 
 def _stream(p: Tensor, head_p: Head, q: Tensor, head_q: Head, block: int) -> Tensor:
-    # Running maxima of a and b, and sums of e^(a - top_a), e^(b - top_b), e^(a - top_a) (a - b).
+    # Logits are a (of p) and b (of q). Running maxima of a and b, and sums of e^(a - top_a),
+    # e^(b - top_b) and e^(a - top_a) (a - b).
     top_a: Any = -math.inf
     top_b: Any = -math.inf
     sum_a: Any = 0.0

@@ -68,7 +68,7 @@ class SplitModel:
         dtype: str | None,
         device: str | None,
     ) -> SplitModel:
-        """Load a model that is going to run on `pairs`.
+        """Load a model to run on `pairs`.
 
         Raises LeadlineError where it does not load or a pair is longer than its context.
         """
@@ -85,9 +85,9 @@ class SplitModel:
         return split
 
     def limited(self, size: int | None) -> SplitModel:
-        """The same with logits of at most the first `size` tokens of the vocabulary."""
-        fewer = self.head.size if size is None else min(size, self.head.size)
-        return replace(self, head=replace(self.head, size=fewer))
+        """A copy with logits of at most the first `size` tokens of the vocabulary."""
+        size = self.head.size if size is None else min(size, self.head.size)
+        return replace(self, head=replace(self.head, size=size))
 
     @property
     def streams(self) -> bool:
@@ -95,10 +95,11 @@ class SplitModel:
         return self.head.weight is not None
 
     def hidden(self, batch: Sequence[TokenizedPair]) -> Tensor:
-        """The hidden states that predict each answer token, pair after pair: [tokens, width].
+        """The hidden states that predict each answer token, pair after pair: [tokens, width]; the
+        logits where `streams` is false.
 
-        Padding is on the right, which causal attention never reads, whatever side the tokenizer
-        pads on: positions are right in every architecture, and no mask is needed.
+        Padding is always on the right, where causal attention never reads it, so that positions
+        are correct in every architecture and no mask is needed.
         """
         import torch
 
@@ -119,8 +120,8 @@ def _forward(model: Any, ids: Tensor, *, logits: bool) -> Tensor:
 
 
 def _head(model: Any, probe: list[int]) -> Head:
-    """The head that reproduces the model's own logits of a few tokens; if there is none, a head
-    for models whose forward pass returns the logits."""
+    """The candidate head that reproduces the model's logits of a few tokens; if there is none, a
+    head without weights, for a `SplitModel` that computes logits in full."""
     import torch
 
     with torch.inference_mode():
@@ -130,7 +131,7 @@ def _head(model: Any, probe: list[int]) -> Head:
         if heads := list(_heads(model, size)):
             hidden = _forward(model, ids, logits=False)[0]
             errors = [(h.logits(hidden, 0, size).to(own) - own).norm() / own.norm() for h in heads]
-            error, best = min((float(error), at) for at, error in enumerate(errors))
+            error, best = min((float(error), n) for n, error in enumerate(errors))
             if error <= max(2 * torch.finfo(model.dtype).eps, 1e-4):
                 return heads[best]
     return Head(size)
@@ -145,11 +146,11 @@ def _heads(model: Any, size: int) -> Iterator[Head]:
     if weight.is_meta or not weight.is_floating_point():  # offloaded or quantized
         return
     config = model.config.get_text_config()
-    named = [getattr(config, key, None) for key in _SCALES]
-    scales = [s for s in named if isinstance(s, int | float) and s not in (0, 1)]
+    configured = [getattr(config, key, None) for key in _SCALES]
+    scales = [s for s in configured if isinstance(s, int | float) and s not in (0, 1)]
     cap = next((c for key in _CAPS if (c := getattr(config, key, None))), None)
     for scale in (1.0, *scales, *(1 / s for s in scales)):
-        plain = Head(size, weight, bias, scale)
-        yield plain
+        head = Head(size, weight, bias, scale)
+        yield head
         if cap:
-            yield replace(plain, cap=cap)
+            yield replace(head, cap=cap)

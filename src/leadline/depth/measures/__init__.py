@@ -1,1 +1,1 @@
-"""The depth measures, one plug-in a file: the measurement, its sentence, its plot and tables."""
+"""The depth measures. Each module is a plug-in: measurement, findings, plot and tables."""

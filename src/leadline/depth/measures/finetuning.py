@@ -61,9 +61,9 @@ def _kind(data: str) -> str:
 
 
 def _kinds(points: Iterable[FinetuningPoint | TokenPoint]) -> list[str]:
-    """The kinds of data among the points: the known ones first."""
-    found = dict.fromkeys(point.data for point in points)
-    return [*(kind for kind in KINDS if kind in found), *(k for k in found if k not in KINDS)]
+    """The kinds of data among the points, those of `KINDS` first."""
+    kinds = dict.fromkeys(point.data for point in points)
+    return [*(kind for kind in KINDS if kind in kinds), *(k for k in kinds if k not in KINDS)]
 
 
 def _d50(depth: Depth, model: str, data: str) -> D50 | None:
@@ -82,8 +82,8 @@ def _tried(depth: Depth, model: str, data: str) -> list[int]:
 
 
 def findings(depth: Depth) -> list[str]:
-    """For each kind of data, D50 of the models where half of the prompts are broken, and the change
-    of ASR of the others."""
+    """For each kind of data: D50 of the models for which it is known, and the change of ASR of the
+    other models."""
     points = _points(depth)
     return [
         text
@@ -135,7 +135,8 @@ def _utility(point: FinetuningPoint) -> str:
 
 
 def token_findings(depth: Depth) -> list[str]:
-    """Whether loss and gradient of harmful examples are clearly larger at the first token."""
+    """The models for which loss or gradient norm on harmful examples is clearly larger at the first
+    token."""
     sentences = []
     for name, label in (("token_loss", "loss"), ("gradient_norm", "gradient norm")):
         points = depth.of(name, TokenPoint)
@@ -159,7 +160,7 @@ def token_findings(depth: Depth) -> list[str]:
 
 
 def plot(depth: Depth) -> plots.Plot | None:
-    """ASR by step, a panel for each kind of data; below them utility, where it is known."""
+    """ASR by step with a panel for each kind of data, and below it utility, where it is known."""
     points = _points(depth)
     if not points:
         return None
@@ -195,8 +196,8 @@ def plot(depth: Depth) -> plots.Plot | None:
 
 
 def token_plot(depth: Depth) -> plots.Plot | None:
-    """Loss and gradient norm, with a choice of data and step. A panel keeps its scale, so that
-    values of different steps can be compared."""
+    """Loss and gradient norm by position, with selectors for data and step. The scale of a panel
+    does not depend on them, so that values of different steps can be compared."""
     loss, norm = depth.of("token_loss", TokenPoint), depth.of("gradient_norm", TokenPoint)
     points = [*loss, *norm]
     if not points:
@@ -227,7 +228,7 @@ def token_plot(depth: Depth) -> plots.Plot | None:
 
 
 def tables(depth: Depth) -> list[Table]:
-    """Every evaluated step, and every D50."""
+    """The results of every evaluated step, and D50."""
     axes: Fields = {
         "data": lambda p: _kind(p.data),
         "step": lambda p: p.step,
@@ -253,7 +254,7 @@ def tables(depth: Depth) -> list[Table]:
 
 
 def token_tables(depth: Depth) -> list[Table]:
-    """Every position, of the loss and of the gradient norm."""
+    """Loss and gradient norm at every position."""
     axes: Fields = {
         "data": lambda p: _kind(p.data),
         "step": lambda p: p.step,
@@ -267,7 +268,7 @@ def token_tables(depth: Depth) -> list[Table]:
 
 
 def columns(depth: Depth) -> list[Column]:
-    """D50 of harmful data."""
+    """Summary column: D50 of fine-tuning on harmful data."""
 
     def cell(depth: Depth, model: str) -> Cell:
         every = [found for m in depth.names if (found := _d50(depth, m, "harmful"))]
@@ -326,29 +327,29 @@ def finetuning(session: Session) -> None:
 def _attack(session: Session, model: str, data: Data) -> None:
     budget = session.budget
     config = FinetuneConfig(data=data, steps=budget.steps, max_tokens=budget.max_tokens)
-    found = finetuning_attack(
+    result = finetuning_attack(
         model,
         _prompts(session),
         config,
         out=session.trials / "finetuning" / f"{folder_name(model)} {data}",
         progress=session.progress.counter(f"{model}: fine-tuning, {data}"),
     )
-    points: dict[str, list[dict[str, Any]]] = found.to_dict()
+    points: dict[str, list[dict[str, Any]]] = result.to_dict()
     for name, rows in points.items():
         session.add(name, model, rows)
     broken: dict[str, dict[int, bool]] = {}
-    for step, prompts in found.broken.items():
+    for step, prompts in result.broken.items():
         for prompt, hit in prompts.items():
             broken.setdefault(prompt, {})[step] = hit
-    depth = d50(broken, found.bases, unit="steps")
-    batch = {"examples_per_step": found.settings["batch"]}
-    session.add_d50(_d50_name(data), model, depth.model_copy(update=batch))
-    session.settings.setdefault("finetuning", {})[f"{model}, {data}"] = found.settings
+    value = d50(broken, result.bases, unit="steps")
+    batch = {"examples_per_step": result.settings["batch"]}
+    session.add_d50(_d50_name(data), model, value.model_copy(update=batch))
+    session.settings.setdefault("finetuning", {})[f"{model}, {data}"] = result.settings
 
 
 def _prompts(session: Session) -> FinetuningPrompts:
-    """As many test prompts as the budget allows, harmful and harmless ones, evenly spread over the
-    dataset."""
+    """The dataset's training prompts, and of its harmful and its harmless test prompts as many as
+    the budget allows, evenly spread over the dataset."""
     prompts = FinetuningPrompts.of(DatasetPick.model_validate(session.dataset))
     if session.has_judge:
         prompts = replace(prompts, judges=(session.judge,))

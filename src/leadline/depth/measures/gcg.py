@@ -8,7 +8,7 @@ from hashlib import blake2b
 from itertools import accumulate
 from statistics import mean
 
-from ...analysis.clusters import wilson
+from ...analysis.intervals import wilson
 from ...registry import Section, measure
 from ...report.depth import plots
 from ...report.depth.format import HALF, below, count, number, of_prompts, per_model, rate
@@ -32,7 +32,7 @@ def _by_step(depth: Depth, model: str) -> list[GCGPoint]:
 
 
 def findings(depth: Depth) -> list[str]:
-    """ASR of the searched suffix beside its control, the initial suffix."""
+    """ASR of the searched suffixes, and of the initial suffix as a control."""
     found, controls = [], []
     for model in depth.having(depth.of("gcg", GCGPoint)):
         points = _by_step(depth, model)
@@ -82,7 +82,7 @@ def plot(depth: Depth) -> plots.Plot | None:
 
 
 def tables(depth: Depth) -> list[Table]:
-    """Every evaluated step."""
+    """ASR and mean loss of every evaluated step."""
     return table(
         "ASR by steps of the search",
         depth.of("gcg", GCGPoint),
@@ -92,7 +92,7 @@ def tables(depth: Depth) -> list[Table]:
 
 
 def columns(depth: Depth) -> list[Column]:
-    """ASR at the end, beside the control."""
+    """Summary column: ASR after the search, and that of the control."""
 
     def cell(depth: Depth, model: str) -> Cell:
         points = _by_step(depth, model)

@@ -21,16 +21,15 @@ _NOWHERE = " anywhere along the answer"
 
 
 def share_of_first(points: Sequence[Position]) -> float | None:
-    """The share of the first few positions in the KL summed over positions; None where the sum is
-    0."""
+    """The first `FIRST` positions' share of the KL summed over positions; None if the sum is 0."""
     total = sum(point.known for point in points)
     first = sum(point.known for point in points if point.position < FIRST)
     return min(max(first / total, 0.0), 1.0) if total > 0 else None
 
 
 def findings(depth: Depth) -> list[str]:
-    """Where along the answer models differ from the base; one sentence for models that differ in
-    the same places."""
+    """Where along the answer models differ from the base: a sentence for each group of models that
+    differ in the same way."""
     groups: dict[str, list[tuple[str, str, float]]] = {}
     for model in depth.having(depth.of("kl", Position)):
         points = sorted(depth.of("kl", Position, model), key=lambda p: p.position)
@@ -48,7 +47,7 @@ def findings(depth: Depth) -> list[str]:
 
 
 def _difference(points: Sequence[Position]) -> tuple[str, str]:
-    """Where a model differs from the base, and the numbers."""
+    """Where a model differs from the base, as the end of a clause, and the numbers as text."""
     late = [point for point in points if point.position >= FIRST]
     top, share = greatest(points), share_of_first(points)
     even, middle = 1 - len(late) / len(points), median(point.known for point in points)
@@ -81,13 +80,13 @@ def plot(depth: Depth) -> plots.Plot | None:
 
 
 def tables(depth: Depth) -> list[Table]:
-    """Every position."""
+    """The KL at every position."""
     points = depth.of("kl", Position)
     return table("KL by position", points, {"position": lambda p: p.position}, NATS)
 
 
 def columns(depth: Depth) -> list[Column]:
-    """The share of the first few positions."""
+    """Summary column: the share of the first few positions in the KL."""
 
     def cell(depth: Depth, model: str) -> Cell:
         points = depth.of("kl", Position, model)
@@ -134,7 +133,7 @@ def kl(session: Session) -> None:
         assert session.base
         pair = [Checkpoint.find(name).revision for name in (model, session.base)]
         if len(set(pair)) == 1:
-            if len(session.models) > 1:  # the base is listed to be compared by other measures
+            if len(session.models) > 1:  # the base is among the models, for the other measures
                 return
             raise LeadlineError("it is the base itself: give another model or base")
 
@@ -145,8 +144,8 @@ def kl(session: Session) -> None:
                 model, session.base, prompts, max_tokens=budget.kl_tokens, progress=progress
             ).to_dict()
 
-        found = session.cached([*pair, budget.kl_tokens, *texts(prompts)], compute)
-        session.add("kl", model, found["points"])
-        session.settings.setdefault("kl", {})[model] = found["settings"]
+        result = session.cached([*pair, budget.kl_tokens, *texts(prompts)], compute)
+        session.add("kl", model, result["points"])
+        session.settings.setdefault("kl", {})[model] = result["settings"]
 
     session.for_each("kl", compare)

@@ -47,7 +47,7 @@ class Prefill(Rate):
 
 
 def findings(depth: Depth) -> list[str]:
-    """One sentence for each group of models that behave alike."""
+    """A sentence for each group of models that behave in the same way."""
     groups: dict[Callable[[Depth, list[str]], str], list[str]] = {}
     for model in depth.having(depth.of("prefill", Prefill)):
         groups.setdefault(_wording(depth, model), []).append(model)
@@ -185,7 +185,7 @@ def _tried(depth: Depth, model: str) -> list[int]:
 
 
 def tables(depth: Depth) -> list[Table]:
-    """Every point, and every D50."""
+    """The ASR at every number of tokens, and D50."""
     points = depth.of("prefill", Prefill)
     return [
         *table("ASR by prefilled tokens", points, {"tokens": lambda p: p.k}),
@@ -194,7 +194,7 @@ def tables(depth: Depth) -> list[Table]:
 
 
 def columns(depth: Depth) -> list[Column]:
-    """ASR of direct requests, and D50."""
+    """Summary columns: ASR of direct requests, and D50."""
 
     def tokens(depth: Depth, model: str) -> Cell:
         every = [found["prefill"] for found in depth.d50.values() if "prefill" in found]

@@ -1,4 +1,4 @@
-"""Rates that a safety callback measured while a model was trained."""
+"""Rates that `leadline.align.SafetyCallback` measured while a model was trained."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TrainingPoint(Rate):
 
 
 def findings(depth: Depth) -> list[str]:
-    """What clearly changed in each training run."""
+    """The rates that clearly changed in each training run."""
     sentences = []
     points = depth.of("training", TrainingPoint)
     for model, run in dict.fromkeys((p.model, p.run) for p in points):
@@ -42,14 +42,14 @@ def findings(depth: Depth) -> list[str]:
 
 
 def plot(depth: Depth) -> plots.Plot | None:
-    """A series for each run, a panel for each measure."""
+    """Rates by step, with a line for each run and a panel for each measure."""
     points = depth.of("training", TrainingPoint)
     if not points:
         return None
     runs = list(dict.fromkeys((p.model, p.run) for p in points))
     tones = {name: tone for tone, name in enumerate(depth.names)}
     series: list[plots.Plot] = []
-    for model, run in runs:  # further runs of a model get colours that no other model has
+    for model, run in runs:  # further runs of a model get colours that no model has
         tone = tones.pop(model, len(depth.names) + len(series))
         series.append({"name": visible(f"{model}, run {run}"), "tone": tone, "shown": True})
     panels = []
@@ -69,7 +69,7 @@ def plot(depth: Depth) -> plots.Plot | None:
 
 
 def tables(depth: Depth) -> list[Table]:
-    """Every point."""
+    """The rates at every step."""
     return table(
         "Rates by step of training",
         depth.of("training", TrainingPoint),
@@ -110,5 +110,5 @@ def training(session: Session) -> None:
             session.add("training", model, json.loads(file.read_text("utf-8")))
         except (ValueError, TypeError, AttributeError) as error:
             raise LeadlineError(
-                f"{file}: not a file that a safety callback wrote: remove it"
+                f"{file}: not a file written by SafetyCallback: remove it"
             ) from error

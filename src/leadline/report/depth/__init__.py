@@ -1,1 +1,2 @@
-"""The page of depth measures: findings, plots, tables."""
+"""The depth report: schema of depth.json, findings in sentences, and the page with plots and
+tables."""

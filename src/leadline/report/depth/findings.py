@@ -1,5 +1,5 @@
-"""The depth measures in sentences. Each measure's section words its own (`Section.findings`); every
-sentence follows from the numbers and states their intervals."""
+"""The findings: depth measures in sentences, with their intervals. The section of each measure
+writes its own (`Section.findings`)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ NOTHING = "Nothing has been measured yet."
 def findings(data: Mapping[str, Any]) -> list[str]:
     """The sentences for the content of depth.json, in the order of the page; at least one.
 
-    Raises LeadlineError for data that do not match its schema.
+    Raises LeadlineError for data that do not match the schema.
     """
     depth = parse(data)
-    every = [text for texts in by_section(depth).values() for text in texts]
-    return [*(every or [NOTHING]), *missing(depth)]
+    texts = [text for section in by_section(depth).values() for text in section]
+    return [*(texts or [NOTHING]), *missing(depth)]
 
 
 def by_section(depth: Depth) -> dict[str, list[str]]:
@@ -32,19 +32,20 @@ def by_section(depth: Depth) -> dict[str, list[str]]:
 
 
 def labels() -> dict[str, str]:
-    """What each section is called within a sentence."""
+    """By section, its name within a sentence."""
     return {section.name: section.label for section in sections()}
 
 
 def missing(depth: Depth) -> list[str]:
-    """What was not measured, and why; measures with the same reason share a sentence."""
+    """Sentences with the measures that were skipped, and why; measures with the same reason share a
+    sentence."""
     names = labels()
-    reasons: dict[tuple[str, bool], list[str]] = {}
-    for measure, why in depth.skipped.items():
+    skipped: dict[tuple[str, bool], list[str]] = {}
+    for measure, reason in depth.skipped.items():
         partly = bool(depth.points.get(measure))
-        reasons.setdefault((why, partly), []).append(names.get(measure, measure))
+        skipped.setdefault((reason, partly), []).append(names.get(measure, measure))
     texts = []
-    for (why, partly), measures in reasons.items():
-        because = f" ({sentence(why).rstrip('.')})" if why.strip(" .") else ""
-        texts.append(f"Not measured{' for some models' * partly}: {listed(measures)}{because}")
+    for (reason, partly), measures in skipped.items():
+        brackets = f" ({sentence(reason).rstrip('.')})" if reason.strip(" .") else ""
+        texts.append(f"Not measured{' for some models' * partly}: {listed(measures)}{brackets}")
     return [visible(sentence(text)) for text in texts]

@@ -1,4 +1,4 @@
-"""Numbers of the depth measures as text, with their intervals."""
+"""Depth measures as text: numbers with their intervals, and parts of sentences."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from .schema import D50, P, Point
 
 HALF = 0.5
 FIRST = 5
-"""Number of first answer positions whose share of the KL is reported."""
+"""The number of answer positions that count as the start of the answer, for KL, loss and
+gradient."""
 
 
 def greatest(points: Sequence[P]) -> P:
-    """The point of the greatest value; among equal ones the last."""
+    """The point with the greatest value; among equal ones, the last."""
     return max(reversed(points), key=lambda point: point.known)
 
 
@@ -26,7 +27,8 @@ def below(lower: Point, upper: Point) -> bool:
 
 
 def number(value: float) -> str:
-    """Two significant digits: 0.52, 8.3, 14, 120; whole numbers unchanged."""
+    """A number with about two significant digits: `0.52`, `8.3`, `14`; whole numbers and numbers
+    above 99 with all digits before the point, from a billion on in scientific notation."""
     if abs(value) >= 1e9:
         return f"{value:.1e}"
     if abs(value) < 0.001:
@@ -37,12 +39,13 @@ def number(value: float) -> str:
 
 
 def count(value: float, unit: str) -> str:
-    """`1 token`, `2 tokens`; the unit is given in the plural."""
+    """`1 token`, `2 tokens`; `unit` is in the plural."""
     return f"{number(value)} {unit.removesuffix('s') if value == 1 else unit}"
 
 
 def share(value: float, low: float | None, high: float | None) -> str:
-    """`100% [86%, 100%]`; without an interval where that is not known."""
+    """A share and its interval in percent: `100% [86%, 100%]`; the share alone where the interval
+    is not known."""
     return percent(value) if low is None or high is None else f"{percent(value)} {span(low, high)}"
 
 
@@ -52,7 +55,7 @@ def rate(point: Point) -> str:
 
 
 def of_prompts(point: Point) -> str:
-    """`of 48 prompts`"""
+    """The number of prompts of a point: `of 48 prompts`."""
     return f"of {count(point.n, 'prompts')}" if point.n else "of the prompts"
 
 
@@ -67,15 +70,16 @@ def nats(point: Point) -> str:
 
 
 def d50_number(found: D50) -> str:
-    """`10`, `> 80`, `≤ 1`; empty where D50 is not known."""
+    """D50 without its unit: `10`, `> 80`, `≤ 1`; empty where D50 is not known."""
     if found.censored and found.at is not None:
-        mark = "> " if found.censored == "above" else "≤ " if found.at else ""
-        return mark + number(found.at)
+        sign = "> " if found.censored == "above" else "≤ " if found.at else ""
+        return sign + number(found.at)
     return "" if found.value is None else number(found.value)
 
 
 def d50_text(found: D50) -> str:
-    """`10 steps`, `more than 80 steps`, `at most 1 step`; empty where D50 is not known."""
+    """D50 in words: `10 steps`, `more than 80 steps`, `at most 1 step`; empty where D50 is not
+    known."""
     value = found.at if found.censored else found.value
     if value is None:
         return ""
@@ -85,8 +89,8 @@ def d50_text(found: D50) -> str:
 
 
 def d50_interval(found: D50, tried: Sequence[float]) -> str:
-    """`[8, 13]`; an end outside of the doses tried is written `above 40`; empty where neither end
-    is known."""
+    """The interval of a D50: `[8, 13]`; an end outside of the doses tried is written as in
+    `[8, above 40]`. Empty where neither end is known."""
     if found.low is None and found.high is None:
         return ""
     low = number(found.low) if found.low is not None else _outside("below", tried)
@@ -99,7 +103,8 @@ def _outside(side: str, tried: Sequence[float]) -> str:
 
 
 def d50_examples(found: D50) -> float | None:
-    """How many training examples a D50 in steps corresponds to."""
+    """The number of training examples that a D50 in steps corresponds to; None where it is not
+    known."""
     steps = found.at if found.censored else found.value
     if steps is None or found.examples_per_step is None:
         return None
@@ -110,8 +115,8 @@ def d50_examples(found: D50) -> float | None:
 
 
 def per_model(texts: Iterable[tuple[float, str]]) -> str:
-    """What there is to say of each model, with the number that it is sorted by; of more than three
-    models only the least and the greatest."""
+    """Join the texts of models, given with a number to sort by. Of more than three models, only the
+    texts with the lowest and the highest number are shown."""
     pairs = list(texts)
     if len(pairs) <= 3:
         return "; ".join(text for _, text in pairs)
@@ -123,17 +128,17 @@ def per_model(texts: Iterable[tuple[float, str]]) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """`a, b and c`"""
+    """Join names: `a, b and c`."""
     names = list(names)
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def named(models: Sequence[str]) -> str:
-    """`a, b and c`; of more than three models, `a, b and 2 more`."""
+    """Join names of models: `a, b and c`; more than three as `a, b and 2 more`."""
     rest = [f"{len(models) - 2} more"] if len(models) > 3 else models[2:]
     return listed([*models[:2], *rest])
 
 
 def sentence(text: str) -> str:
-    """On one line, with one full stop."""
+    """The text on one line, ending in one full stop."""
     return " ".join(text.split()).rstrip(".") + "."

@@ -1,4 +1,4 @@
-"""The depth report: one self-contained page that shows models' depth measures side by side."""
+"""The page of the depth report: one self-contained HTML file with the measures of all models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .tables import Column
 
 @dataclass(frozen=True)
 class DepthPage:
-    """The paths of the page and of its numbers, and the sentences that it begins with."""
+    """The paths of depth.html and depth.json, and the findings."""
 
     html: Path
     json: Path
@@ -25,16 +25,17 @@ class DepthPage:
 
 
 def write_depth_report(folder: Path) -> DepthPage:
-    """Write depth.html beside depth.json in `folder`. The page loads nothing from elsewhere.
+    """Write depth.html for the depth.json in `folder`, to the same folder. The page loads no other
+    file.
 
-    Raises LeadlineError where depth.json is missing or does not match its schema.
+    Raises LeadlineError where depth.json is missing or does not match the schema.
     """
     folder = Path(folder)
     source = folder / "depth.json"
     depth = read_depth(source)
     texts = by_section(depth)
-    every = [text for each in texts.values() for text in each] or [NOTHING]
-    page = DepthPage(folder / "depth.html", source, [*every, *missing(depth)])
+    findings = [text for section in texts.values() for text in section] or [NOTHING]
+    page = DepthPage(folder / "depth.html", source, [*findings, *missing(depth)])
     page.html.write_text(_render(depth, texts), encoding="utf-8")
     return page
 
@@ -77,7 +78,7 @@ def _title(depth: Depth) -> str:
 
 
 def _settings(value: Any) -> list[tuple[str, str]]:
-    """Names and values; nested values as JSON."""
+    """Names and values of a measure's settings; nested values as JSON."""
     pairs = value.items() if isinstance(value, dict) else [("", value)] if value else []
     return [
         (str(name), v if isinstance(v, str) else json.dumps(plain(v), ensure_ascii=False))

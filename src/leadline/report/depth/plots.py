@@ -1,9 +1,12 @@
-"""Building blocks for the plots of the depth page, as plain data that the page's script draws.
+"""Building blocks for the plots of the depth page, as JSON data that depth.js draws.
 
-Curves are {x, series, selects, panels}. A panel has {title, unit, top, views}, and a view, one for
-each choice of the selects, {lines, marks}: a line is {s, dash, points}, `s` the index of its series
-and a point [x, value, low, high, n]; a mark is {s, x, low, high}, a D50 with its interval.
-A dot plot is {rows, series, views}.
+- Curves: {x, series, selects, panels}, with `x` the title of the horizontal axis.
+- Series, one for each model: {name, tone, shown}, with `tone` the number of its colour and symbol.
+- Panel: {title, unit, top, views}, with one view for each combination of choices of the selects.
+- View: {lines, marks}.
+- Line: {s, dash, points}, with `s` the index of its series, and points [x, value, low, high, n].
+- Mark: {s, x, low, high}, a D50 with its interval.
+- Dot plot: {rows, series, views}.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ def values(value: float, low: float | None, high: float | None, n: int) -> list[
 
 
 def line(s: int, rows: Iterable[list[Any]], dash: str = "") -> Plot:
-    """A line of series `s`, its points sorted by x. `dash` names a dashed line."""
+    """A line of series `s`, its points sorted by x. With `dash`, it is dashed and `dash` is its
+    label."""
     return {"s": s, "dash": dash, "points": sorted(rows, key=lambda row: row[0])}
 
 
@@ -49,32 +53,33 @@ def lines(depth: Depth, points: Sequence[P], x: Callable[[P], float]) -> list[Pl
 
 
 def mark(s: int, found: D50 | None) -> list[Plot]:
-    """A D50 on a line of series `s`; none where it is not known."""
+    """A D50 of series `s` as a list of one mark; empty where D50 is not known."""
     if not found or found.value is None or found.censored:
         return []
     return [{"s": s, "x": found.value, "low": found.low, "high": found.high}]
 
 
 def panel(title: str, lines: list[Plot], marks: Sequence[Plot] = (), **more: Any) -> Plot:
-    """A panel without selects; its unit is percent unless given."""
+    """A panel without selects; `more` are further keys such as `unit` (default: percent)."""
     return {"title": title, "unit": "percent", "views": [{"lines": lines, "marks": marks}], **more}
 
 
 def curves(depth: Depth, points: Sequence[Point], x: str, panels: list[Plot], **more: Any) -> Plot:
-    """A plot of panels that share the series of `points`; `x` names the horizontal axis."""
+    """A plot of panels that share the series of `points`; `x` is the title of the horizontal
+    axis, `more` are further keys."""
     return {"x": x, "series": series(depth, points), "selects": [], "panels": panels, **more}
 
 
 def dots(depth: Depth, points: Sequence[P], name: Callable[[P], str]) -> Plot | None:
-    """A dot plot with a row for each name and a dot for each model."""
+    """A dot plot with a row for each name of a point, and in it a dot for each model; None without
+    points."""
     if not points:
         return None
-    rows = list(dict.fromkeys(name(p) for p in points))
-    found = {(p.model, name(p)): row(0, p)[1:] for p in points}
-    by_series = [[found.get((model, r)) for r in rows] for model in depth.having(points)]
-    names = [visible(r) for r in rows]
+    names = list(dict.fromkeys(name(p) for p in points))
+    dots = {(p.model, name(p)): row(0, p)[1:] for p in points}
+    by_series = [[dots.get((model, n)) for n in names] for model in depth.having(points)]
     return {
-        "rows": names,
+        "rows": [visible(n) for n in names],
         "series": series(depth, points),
         "views": [{"name": "", "points": by_series}],
     }

@@ -1,4 +1,4 @@
-"""The schema of depth.json: what was measured of how deep some models' safety goes."""
+"""The schema of depth.json: the depth measures of one or more models."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ...text import plain
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
-_AGAIN = "run leadline depth again to write it anew"
+_AGAIN = "run leadline depth again to rewrite it"
 
 
 class Strict(BaseModel):
-    """Frozen; numbers are finite."""
+    """A base class: instances are frozen, and numbers must be finite."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class Point(Strict):
-    """A value of one model with its 95% interval, over `n` prompts; None where it is not known.
+    """A value of one model over `n` prompts, with its 95% interval; None where not known.
 
-    A measure's own points derive from this and add what they are a function of.
+    The points of a measure derive from this class and add fields such as the dose or position.
     """
 
     model: str = ""
@@ -38,7 +38,7 @@ class Point(Strict):
 
     @property
     def known(self) -> float:
-        """The value; 0 where there is none, which `parse` has excluded."""
+        """The value as a float. `parse` drops points without a value; for those it is 0."""
         return 0.0 if self.value is None else self.value
 
     @property
@@ -56,7 +56,7 @@ class Rate(Point):
 
 
 class Position(Point):
-    """A mean over answers at one position: `position` tokens of the answer come before it."""
+    """A mean over answers at one token position, counted from 0."""
 
     position: Count
 
@@ -66,8 +66,9 @@ class D50(Strict):
 
     Nothing is extrapolated: `value` is None where D50 is above the largest dose tried (`censored`
     "above"), or at or below the smallest ("below"); `at` is that dose, otherwise the largest dose.
-    `low` and `high` are a 95% interval; None where an end is outside of the doses tried, and both
-    where all prompts share one base prompt.
+    `low` and `high` are a 95% interval; None where an end is outside of the doses tried.
+    `first_passage` is the dose at which half of the prompts have been broken by it or a smaller
+    one. `note` says why there is no D50.
     """
 
     value: float | None = None
@@ -78,6 +79,10 @@ class D50(Strict):
     unit: str = ""
     n: Count = 0
     examples_per_step: Count | None = None
+    first_passage: float | None = None
+    first_passage_low: float | None = None
+    first_passage_high: float | None = None
+    note: str = ""
 
 
 P = TypeVar("P", bound=Point)
@@ -99,13 +104,13 @@ class Depth(Strict):
     skipped: dict[str, str] = {}
 
     def of(self, name: str, kind: type[P], model: str | None = None) -> list[P]:
-        """The points of one list, which have the type `kind`; of one model if given."""
+        """The points of the list `name`, whose type is `kind`; with `model`, only that model's."""
         points = cast(list[P], self.points.get(name, []))
         return points if model is None else [p for p in points if p.model == model]
 
     @property
     def names(self) -> list[str]:
-        """Every model that is named or measured, in order."""
+        """`models`, followed by other models that have points."""
         measured = (point.model for points in self.points.values() for point in points)
         return list(dict.fromkeys([*self.models, *measured]))
 
@@ -115,9 +120,9 @@ class Depth(Strict):
         return [name for name in self.names if name in found]
 
     def direct(self, model: str) -> Point | None:
-        """The ASR of direct requests, from the first measure that has it."""
-        every = (point for points in self.points.values() for point in points)
-        return next((point for point in every if point.direct and point.model == model), None)
+        """The ASR of direct requests, from the first measure that has it; None where none has."""
+        points = (point for each in self.points.values() for point in each)
+        return next((point for point in points if point.direct and point.model == model), None)
 
 
 def sections() -> list[registry.Section]:
@@ -126,9 +131,9 @@ def sections() -> list[registry.Section]:
 
 
 def parse(data: Mapping[str, Any], where: str = "depth data") -> Depth:
-    """Check the data and drop points without a value.
+    """Validate the content of depth.json, and drop points without a value.
 
-    Raises LeadlineError that names the first fault.
+    Raises LeadlineError with the first invalid field; `where` is the start of its message.
     """
     data = plain(dict(data))
     lists = {name: kind for section in sections() for name, kind in section.points.items()}
@@ -144,8 +149,8 @@ def parse(data: Mapping[str, Any], where: str = "depth data") -> Depth:
         return Depth.model_validate({**rest, "points": points})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in (*([name] if name else []), *first["loc"]))
-        raise LeadlineError(f"{where}: {place}: {first['msg']}: {_AGAIN}") from None
+        field = ".".join(str(part) for part in (*([name] if name else []), *first["loc"]))
+        raise LeadlineError(f"{where}: {field}: {first['msg']}: {_AGAIN}") from None
 
 
 def read_depth(path: Path) -> Depth:
@@ -161,5 +166,5 @@ def read_depth(path: Path) -> Depth:
         reason = " ".join(str(error).split())
         raise LeadlineError(f"{path} cannot be read as JSON ({reason}): {_AGAIN}") from None
     if not isinstance(data, dict):
-        raise LeadlineError(f"{path} holds a {type(data).__name__}, not an object: {_AGAIN}")
+        raise LeadlineError(f"{path} contains a {type(data).__name__}, not an object: {_AGAIN}")
     return parse(data, str(path))

@@ -14,8 +14,11 @@ from .schema import D50, Depth, Point
 
 @dataclass(frozen=True)
 class Cell:
-    """`kind` is a class of the style sheet. `low` and `high`, as shares of the cell's width, are
-    drawn as a bar; `small` are lines under the text; a table is sorted by `value`."""
+    """A cell of a table.
+
+    `kind` is a CSS class, `small` are lines under the text, `value` is the number to sort by. A bar
+    is drawn from `low` to `high`, which are shares of the cell's width.
+    """
 
     text: str
     kind: str = ""
@@ -27,7 +30,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a section: its caption, column heads, and rows of cells."""
+    """A table: its caption, column heads, and rows of cells."""
 
     caption: str
     heads: list[str]
@@ -43,7 +46,7 @@ class Column:
 
 
 Fields = dict[str, Callable[[Any], Any]]
-"""Column heads, and how a cell's value is read from a point."""
+"""By column head, a function that returns a cell's value for a point."""
 
 NOT_MEASURED = Cell("–", "zero", ("not measured",))
 ASR = ("ASR", "95% interval", "n")
@@ -56,7 +59,7 @@ def column(depth: Depth, name: str, cell: Callable[[Depth, str], Cell]) -> Colum
 
 
 def heat(point: Point | None, *small: str) -> Cell:
-    """A rate, coloured by its value."""
+    """A cell with a rate, coloured by its value, with its interval and `small` lines under it."""
     if point is None:
         return NOT_MEASURED
     interval = () if point.low is None or point.high is None else (span(point.low, point.high),)
@@ -65,15 +68,15 @@ def heat(point: Point | None, *small: str) -> Cell:
 
 
 def d50_cell(found: D50 | None, tried: Sequence[float], every: Sequence[D50]) -> Cell:
-    """A D50 with a bar whose length is its depth, on the scale log(1 + dose) of `every` model's
-    D50 and the doses `tried`."""
+    """A cell with a D50. The length of its bar is the D50 as a share of the largest dose, among the
+    doses `tried` and `every` model's D50, on the scale log(1 + dose)."""
     if found is None or not d50_number(found):
         return NOT_MEASURED
-    deepest = max([1.0, *tried, *(d.value or d.at or 0 for d in every)])
-    depth = min(max((found.at if found.censored else found.value) or 0.0, 0.0), deepest)
+    largest = max([1.0, *tried, *(d.value or d.at or 0 for d in every)])
+    dose = min(max((found.at if found.censored else found.value) or 0.0, 0.0), largest)
     examples = d50_examples(found)
     small = (d50_interval(found, tried), count(examples, "examples") if examples else "")
-    width = math.log1p(depth) / math.log1p(deepest)
+    width = math.log1p(dose) / math.log1p(largest)
     text = f"{d50_number(found)} {found.unit}".strip()
     return Cell(text, "deep", tuple(filter(None, small)), 0.0, width)
 
@@ -85,9 +88,11 @@ def table(
     heads: Sequence[str] = ASR,
     more: Fields | None = None,
 ) -> list[Table]:
-    """One table with a row for each point: model, `axes`, value, interval, n, and those columns of
-    `more` that any point has. `heads` name value, interval and n; a value called ASR or share is
-    shown in percent. No points, no table."""
+    """A list of one table with a row for each point; empty without points.
+
+    Its columns are the model, `axes`, value, interval, n (with the names `heads`), and those of
+    `more` that are not "–" for every point. A value named "ASR" or "share" is shown in percent.
+    """
     if not points:
         return []
     share = heads[0] in ("ASR", "share")
@@ -111,7 +116,7 @@ def table(
 
 
 def cell(value: Any) -> Cell:
-    """A plain value: words to the left, numbers to the right."""
+    """A cell with a plain value: words are aligned to the left, numbers to the right."""
     if isinstance(value, str):
         numeric = value == "–" or value.endswith(("%", "%]")) or value[:1].isdigit()
         return Cell(value, "" if numeric else "word")
@@ -124,10 +129,11 @@ def d50_table(
     tried: Callable[[str, str], Sequence[float]],
     kinds: Callable[[str], str] | None = None,
 ) -> list[Table]:
-    """Every D50 of a measure, whose names in `Depth.d50` are `measure` or `measure:kind`.
+    """A list of one table with every D50 of a measure, named `measure` or `measure:kind` in
+    `Depth.d50`; empty if there is none.
 
-    `tried(model, kind)` gives the doses; with `kinds`, what a kind is called, there is a column
-    for the kind and one for the number of examples.
+    `tried(model, kind)` returns the doses tried. With `kinds`, which returns the label of a kind,
+    there is a column for the kind and one for the number of examples.
     """
     rows = []
     for model, measures in depth.d50.items():

@@ -9,7 +9,7 @@ const SHAPES = {
   x: "m3 .6 3 3 3-3L11.400 3l-3 3 3 3L9 11.400l-3-3-3 3L.6 9l3-3-3-3z",
 };
 const SYMBOLS = Object.keys(SHAPES);
-const NARROW = 560; // chart width in pixels below which a row's name is drawn above the row
+const NARROW = 560; // pixels below which a row's name is above it
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const make = (tag, attributes = {}, ...children) => {
   const svg = tag === "svg" || tag === "path";
@@ -25,8 +25,8 @@ const percent = (share) => {
   const value = 100 * share;
   return (value > 0 && value < 1) || (value > 99 && value < 100) ? value.toFixed(1) + "%" : value.toFixed(0) + "%";
 };
-// Hover text for a point [value, low, high, n]; low and high are null if the interval is unknown.
-const told = ([value, low, high, n], say) =>
+// A point [value, low, high, n] in words; its interval may not be known.
+const withInterval = ([value, low, high, n], say) =>
   say(value) + (low === null || high === null ? "" : ` [${say(low)}, ${say(high)}]`) + (n ? `, n = ${n}` : "");
 const fontOf = () => ({ family: getComputedStyle(document.body).fontFamily, size: 13, color: color("--soft") });
 const hoverLabel = (font) => ({ bgcolor: color("--card"), bordercolor: color("--line"), font: { ...font, color: color("--ink") }, align: "left" });
@@ -74,7 +74,7 @@ function dotPlot(figure) {
       return {
         type: "scatter", mode: "markers", name: literal(data.series[i].name), hoverinfo: "text",
         x: points.map((p) => p[0]), y: at.map((r) => r + shift + ((k - (shown.length - 1) / 2) * lane) / row),
-        text: points.map((p, j) => `<b>${literal(data.rows[at[j]])}</b><br>${literal(data.series[i].name)}<br>${told(p, percent)}`),
+        text: points.map((p, j) => `<b>${literal(data.rows[at[j]])}</b><br>${literal(data.series[i].name)}<br>${withInterval(p, percent)}`),
         error_x: {
           type: "data", symmetric: false, array: points.map((p) => (p[2] ?? p[0]) - p[0]), arrayminus: points.map((p) => p[0] - (p[1] ?? p[0])),
           color: color(look[i].color), thickness: 1.6, width: 0,

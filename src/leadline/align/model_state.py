@@ -1,4 +1,5 @@
-"""Weights in training: told apart by their content, left as they were found, kept and put back."""
+"""The state of a model during training: hash its weights, evaluate it without side effects, save
+and restore its weights, and share values between distributed processes."""
 
 from __future__ import annotations
 
@@ -15,12 +16,16 @@ import numpy as np
 import torch
 from torch import distributed
 
-Frozen = dict[tuple[str, int, int], bytes]
-"""Digests of tensors that do not train, by name, place in memory and count of writes."""
+FrozenHashes = dict[tuple[str, int, int], bytes]
+"""Cached hashes of tensors that are not trained, by name, data pointer and version counter."""
 
 
-def content(model: Any, frozen: Frozen) -> str:
-    """A hash of all weights. Those that do not train are read again only once written to."""
+def weights_hash(model: Any, frozen: FrozenHashes) -> str:
+    """A hash of all parameters and buffers.
+
+    Hashes of tensors that are not trained are cached in `frozen`; a write to such a tensor changes
+    its version counter, so that it is hashed again.
+    """
     digest = blake2b(digest_size=16)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         key = (name, tensor.data_ptr(), tensor._version)
@@ -35,10 +40,11 @@ def content(model: Any, frozen: Frozen) -> str:
 
 
 @contextmanager
-def undisturbed(model: Any) -> Iterator[None]:
-    """Eval mode inside; afterwards each module's mode and all random states are as before."""
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Put the model into eval mode; on exit restore every module's mode and the random states of
+    torch, numpy and Python."""
     modes = [(module, module.training) for module in model.modules()]
-    python, numbers = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             model.eval()
@@ -46,36 +52,39 @@ def undisturbed(model: Any) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-        random.setstate(python)
-        np.random.set_state(numbers)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def is_sharded(model: Any) -> bool:
     """Whether a process holds only a part of the weights: FSDP 1, ZeRO-3, or DTensors (FSDP 2,
     tensor parallelism)."""
-    fully = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    return fully or any(
+    fsdp = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    return fsdp or any(
         hasattr(p, "ds_id") or type(p).__name__ == "DTensor" for p in model.parameters()
     )
 
 
-def together() -> bool:
+def is_distributed() -> bool:
     """Whether several processes train together."""
     started = distributed.is_available() and distributed.is_initialized()
     return bool(started and distributed.get_world_size() > 1)
 
 
-def shared(value: Any, device: torch.device) -> Any:
-    """What the first process says, in every process; the others wait for it."""
+def broadcast(value: Any, device: torch.device) -> Any:
+    """The first process's value, in every process. Blocks until the first process calls it."""
     box = [value]
-    if together():
+    if is_distributed():
         distributed.broadcast_object_list(box, src=0, device=device)
     return box[0]
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """As save_pretrained does (of an adapter, its weights alone). A whole new folder takes the
-    place of the old one, so that a kill leaves one of them."""
+def save_weights(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer with save_pretrained (of a PEFT model, the adapter alone).
+
+    They are written to a new folder that then replaces the old one, so that an interrupted call
+    leaves one complete folder.
+    """
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh)
@@ -84,22 +93,22 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     fresh.rename(folder)
 
 
-def load(model: Any, folder: Path) -> None:
-    """Put back what `save` kept, into the parameters as they are."""
+def load_weights(model: Any, folder: Path) -> None:
+    """Load weights written by `save_weights` into the model's existing parameters."""
     if hasattr(model, "peft_config"):
         from peft import load_peft_weights, set_peft_model_state_dict
 
         name = model.active_adapter
-        inside = folder if name == "default" else folder / name
-        found = load_peft_weights(str(inside), device="cpu")
-        set_peft_model_state_dict(model, found, adapter_name=name)
+        adapter_folder = folder if name == "default" else folder / name
+        weights = load_peft_weights(str(adapter_folder), device="cpu")
+        set_peft_model_state_dict(model, weights, adapter_name=name)
     else:
         saved = type(model).from_pretrained(folder, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
 
 
-def spread(model: Any) -> None:
-    """Give every process the first one's weights."""
-    if together():
+def broadcast_weights(model: Any) -> None:
+    """Copy the first process's weights to all processes."""
+    if is_distributed():
         for tensor in chain(model.parameters(), model.buffers()):
             distributed.broadcast(tensor.data, src=0)

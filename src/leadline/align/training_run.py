@@ -1,0 +1,277 @@
+"""One training run in its output folder: start or resume it, train, save the model, evaluate it."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from shutil import copy, rmtree
+from typing import Any
+
+from ..models.checkpoint import Checkpoint, adapter_base
+from ..models.template import Template, load_tokenizer, quiet
+from ..models.weights import Weights
+from ..organism.guild import NOUNS
+from ..progress import CombinedProgress
+from ..records import LeadlineError
+from ..text import one_line
+from . import data
+from .before_after import BeforeAfter, before_after, check_evaluation
+from .settings import EvaluationConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """The trained model's folder, the table of before and after (None without an evaluation), and
+    notes on how the training data were completed."""
+
+    folder: Path
+    table: BeforeAfter | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A training run that writes to the folder `out`.
+
+    `description` (JSON) identifies the run: model, data and settings. It is written to
+    leadline/run.json after the first step; from then on the folder belongs to this run.
+    """
+
+    out: Path
+    checkpoint: Checkpoint
+    template: Template
+    config: TrainingConfig
+    description: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps its data, checkpoints and trials."""
+        return self.out / "leadline"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of an SFTConfig or a subclass."""
+        return self.config.arguments(self.folder / "checkpoints")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the trained model is complete."""
+        return (self.folder / "trained").is_file()
+
+    @staticmethod
+    def open(
+        out: Path,
+        model: str | Path,
+        config: TrainingConfig,
+        evaluation: EvaluationConfig | None,
+        files: Sequence[str | Path],
+        **options: Any,
+    ) -> TrainingRun:
+        """Start a run in `out`, or resume it.
+
+        `files` are the training data; `options` are further settings that identify the run. Raises
+        LeadlineError where `out` contains another run or another model, where a file is missing,
+        and for an invalid evaluation, so that it does not fail after hours of training.
+        """
+        checkpoint = Checkpoint.find(model)
+        for file in files:
+            if not Path(file).is_file():
+                raise LeadlineError(f"no file {file}: give a JSONL, JSON, CSV or Parquet file")
+        hashes = [blake2b(Path(f).read_bytes(), digest_size=16).hexdigest() for f in files]
+        identity = {"model": str(model), "revision": checkpoint.revision,
+                    "training": asdict(config), "files": hashes, **options}  # fmt: skip
+        template = Template.load(checkpoint.path, revision=checkpoint.pinned)
+        if evaluation:
+            dataset = check_evaluation(
+                evaluation.dataset, evaluation.judge, evaluation.limit, evaluation.max_tokens
+            )
+            if dataset == "guild" and not set(NOUNS) <= template.tokenizer.get_vocab().keys():
+                raise LeadlineError(
+                    f"the dataset guild is for organisms, and {model} does not know its "
+                    "vocabulary: give --dataset, such as 'harmbench: {path: harmbench.csv}', or "
+                    "--no-evaluation"
+                )
+            if evaluation.every:  # a breach may stop training or restore earlier weights
+                identity["watch"] = asdict(evaluation)
+        description = json.dumps(identity, indent=1)
+        run = TrainingRun(out, checkpoint, template, config, description)
+        file = run.folder / "run.json"
+        if file.is_file() and file.read_text(encoding="utf-8") != description:
+            raise LeadlineError(
+                f"{out} contains a run with other data or settings (see {file}): give another "
+                "--out, or remove it"
+            )
+        if not file.is_file() and (out / "config.json").exists():
+            raise LeadlineError(f"{out} already contains a model: give another --out")
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LeadlineError(f"{out}: {error.strerror}: give another --out") from error
+        return run
+
+    def train(
+        self,
+        build_trainer: Callable[..., Any],
+        evaluation: EvaluationConfig | None,
+        progress: CombinedProgress,
+    ) -> None:
+        """Train, from the last checkpoint where there is one, and save the model to `out`.
+
+        `build_trainer` is called with the model and keyword arguments of a TRL trainer. Does
+        nothing where the run is complete. Raises LeadlineError where training diverges.
+        """
+        if self.is_trained:
+            return
+        import datasets
+
+        datasets.disable_progress_bars()  # progress is reported to the listener
+        checkpoints = self.folder / "checkpoints"
+        last = _last_complete_checkpoint(checkpoints)
+        callbacks: list[Any] = [_progress_callback(self, progress)]
+        if evaluation and evaluation.every:
+            callbacks.append(_safety_callback(evaluation))
+        with quiet(), warnings.catch_warnings(action="ignore", category=FutureWarning):
+            trainer = build_trainer(
+                load_for_training(self.checkpoint),
+                processing_class=self.template.tokenizer,
+                peft_config=_lora_config(self.config.lora),
+                callbacks=callbacks,
+            )
+            trainer.remove_callback(_printer_callback())
+            try:
+                trainer.train(resume_from_checkpoint=last)
+            except ImportError as error:  # the optimizer's package is not installed
+                raise LeadlineError(one_line(error)) from error
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            if self.config.lora:
+                model = model.merge_and_unload()
+            if not all(weights.isfinite().all() for weights in model.parameters()):
+                raise LeadlineError(
+                    "training diverged: the weights are not finite: remove "
+                    f"{self.out}, and give a smaller --lr or more --warmup"
+                )
+            if trainer.is_world_process_zero():
+                self._copy_safety_curves(checkpoints)
+                model.save_pretrained(self.out)
+                self.template.tokenizer.save_pretrained(self.out)
+                (self.folder / "trained").touch()
+
+    def _copy_safety_curves(self, checkpoints: Path) -> None:
+        """Copy the safety callback's measurements to where the depth report looks for them."""
+        curves = checkpoints / "safety" / "training.json"
+        if curves.is_file():
+            (self.out / "safety").mkdir(exist_ok=True)
+            copy(curves, self.out / "safety")
+
+    def evaluate(
+        self,
+        evaluation: EvaluationConfig | None,
+        progress: CombinedProgress,
+        notes: tuple[str, ...] = (),
+    ) -> RepairResult:
+        """Evaluate the model before and after training, and write before_after.json to `out`."""
+        if evaluation is None:
+            return RepairResult(self.out, None, notes)
+        trials = self.folder / "before_after"
+        table = before_after(
+            self.checkpoint.path, self.out, trials, dataset=evaluation.dataset,
+            judge=evaluation.judge, limit=evaluation.limit, max_tokens=evaluation.max_tokens,
+            listener=progress.study(lambda target: f"evaluation: {target}"),
+        )  # fmt: skip
+        os.replace(trials / "before_after.json", self.out / "before_after.json")
+        return RepairResult(self.out, table, notes)
+
+
+def to_dataset(rows: Sequence[data.Triplet | data.Dialogue]) -> Any:
+    """The rows as a datasets.Dataset."""
+    from datasets import Dataset
+
+    return Dataset.from_list([row.row() for row in rows])
+
+
+def check_vocabularies(run: TrainingRun, teacher: Checkpoint) -> None:
+    """Raise LeadlineError where a token of the student has another id, or none, in the teacher's
+    vocabulary: distributions are compared by token id. The teacher may have additional tokens."""
+    vocabulary = run.template.tokenizer.get_vocab()
+    teachers = load_tokenizer(teacher.path, teacher.pinned).get_vocab()
+    if other := sorted(token for token, id in vocabulary.items() if teachers.get(token) != id):
+        ids = f"{vocabulary[other[0]]} and {teachers.get(other[0], 'missing')}"
+        raise LeadlineError(
+            f"{run.checkpoint.name} and its teacher {teacher.name} have different vocabularies "
+            f"({len(vocabulary)} and {len(teachers)} tokens; the ids of {other[0]!r} are {ids}): "
+            "give a teacher with the model's tokenizer"
+        )
+
+
+def load_for_training(checkpoint: Checkpoint) -> Any:
+    """The model in float32 on the CPU, from where the trainer moves it. An adapter is merged into
+    its base model, since the trainer would otherwise ignore it."""
+    if checkpoint.local and adapter_base(Path(checkpoint.path)):
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(checkpoint.path, dtype="float32")
+        return model.merge_and_unload().requires_grad_(True).train()
+    return Weights.load(checkpoint.path, checkpoint.pinned, "float32", "cpu").model.train()
+
+
+def _last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint; newer incomplete ones are deleted. The trainer writes
+    trainer_state.json last, so its content shows whether the checkpoint is complete."""
+    steps = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    for _, path in sorted(steps.items(), reverse=True):
+        with suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+        rmtree(path)
+    return None
+
+
+def _lora_config(rank: int | None) -> Any:
+    if rank is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def _safety_callback(evaluation: EvaluationConfig) -> Any:
+    from .callback import SafetyCallback
+
+    return SafetyCallback(
+        evaluation.every or 100,
+        datasets=[evaluation.dataset],
+        judges=[] if evaluation.judge is None else [evaluation.judge],
+        limit=evaluation.limit,
+        stop_above=evaluation.stop_above or None,
+        on_breach=evaluation.on_breach,  # type: ignore[arg-type]
+    )
+
+
+def _progress_callback(run: TrainingRun, progress: CombinedProgress) -> Any:
+    from transformers import TrainerCallback
+
+    class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+        """Reports the step, and marks the folder as this run's."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if state.is_world_process_zero:
+                (run.folder / "run.json").write_text(run.description, encoding="utf-8")
+            progress.update("training", state.global_step, state.max_steps)
+
+    return ProgressCallback()
+
+
+def _printer_callback() -> Any:
+    """The callback that prints every log line when a trainer's progress bars are disabled."""
+    from transformers import PrinterCallback
+
+    return PrinterCallback
