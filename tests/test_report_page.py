@@ -199,7 +199,7 @@ def test_the_models_table_states_how_response_prefixes_are_sent(tmp_path: Path) 
     assert page.row("other", "it starts a new turn")
     text = "".join(page.text)
     assert '"temperature": 0.7' in text
-    assert "trials run by leadline 0.0.9" in text
+    assert "trials by leadline 0.0.9" in text
     assert "2026-11-20 09:00, not finished" in re.sub(r"\s+", " ", text)
 
 

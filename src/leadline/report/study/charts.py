@@ -73,30 +73,32 @@ def heat_map(measured: Measured) -> dict[str, Any]:
     return {"columns": names, "rows": table, "feet": footer, "marks": marks}
 
 
-def _heat_cell(row: Any, hole: Any) -> tuple[str, str, str]:
+def _heat_cell(row: Any, missing: Any) -> tuple[str, str, str]:
+    """A cell from a pooled row and its numbers of trials without a verdict (None for means)."""
     if row.n and row.asr == row.asr:
-        part = hole is not None and hole["failed"] + hole["unscored"] > 0
-        words = f"{percent(row.asr)} {span(row.low, row.high)}, {row.unsafe:g} of {row.n} unsafe"
-        return f"h{math.floor(row.asr * 10)}", percent(row.asr) + "*" * part, words
-    if hole is not None and hole["failed"]:
-        return "failed", "failed", f"all {hole['failed']} trials failed"
-    if hole is not None and hole["not_applicable"]:
+        partial = missing is not None and missing["failed"] + missing["unscored"] > 0
+        tooltip = f"{percent(row.asr)} {span(row.low, row.high)}, {row.unsafe:g} of {row.n} unsafe"
+        return f"h{math.floor(row.asr * 10)}", percent(row.asr) + "*" * partial, tooltip
+    if missing is not None and missing["failed"]:
+        return "failed", "failed", f"all {missing['failed']} trials failed"
+    if missing is not None and missing["not_applicable"]:
         return "na", "n/a", "not applicable"
     if row.n:
         return "na", "?", "not estimated: too many unscored attempts, see the bounds in the table"
-    return "na", "unscored" if hole is not None else "n/a", "no scored trial"
+    return "na", "unscored" if missing is not None else "n/a", "no scored trial"
 
 
-def attack_dots(found: Measured) -> dict[str, Any] | None:
-    """ASR with its interval: a row per attack, a series per model, a view per dataset."""
-    scored = found.attacks[found.attacks["asr"].notna()]
+def attack_dots(measured: Measured) -> dict[str, Any] | None:
+    """ASR with interval: one row per attack, one series per model, one view per dataset; None if
+    nothing was scored."""
+    scored = measured.attacks[measured.attacks["asr"].notna()]
     if scored.empty:
         return None
     names = [name for name in attack_order(measured) if name in set(scored["attack"])]
     pairs = _unique(_pairs(scored))
     frames = {
         str(name): frame
-        for name, frame in found.cells[found.cells["asr"].notna()].groupby("dataset")
+        for name, frame in measured.cells[measured.cells["asr"].notna()].groupby("dataset")
     }
     views = [_view(name, frame, names, pairs) for name, frame in frames.items()]
     if len(views) > 1:

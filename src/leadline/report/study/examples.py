@@ -60,7 +60,7 @@ def examples(
     many = len(kinds_by_pair) > _MAX_PAIRS
     rate = {
         (row.model, row.thinking, row.attack): percent(row.asr)
-        for row in rows(found.attacks[found.attacks["asr"].notna()])
+        for row in rows(measured.attacks[measured.attacks["asr"].notna()])
     }
     by_model: dict[str, list[Attack]] = defaultdict(list)
     for (model, thinking, attack), kinds in kinds_by_pair.items():
