@@ -1,4 +1,4 @@
-"""The report without a browser: what it says, what it must not hold, and how large it grows."""
+"""The study report without a browser: its content, redaction and escaping, and its size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HIDDEN = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200b\\u2028-\\u202e\\u
 
 
 class Page(HTMLParser):
-    """What a browser would make of the file: tags with attributes, and the text of each table."""
+    """The parsed page: tags with attributes, texts, scripts, and the cells of each table."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Page(HTMLParser):
                 self.rows[-1][-1] += data.strip()
 
     def row(self, *start: str) -> list[str]:
-        """The first table row that starts so."""
+        """The first table row that starts with these cells."""
         return next(row for row in self.rows if row[: len(start)] == list(start))
 
 
@@ -83,7 +83,7 @@ def write(
 
 def strict_json(path: Path) -> Any:
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(path.read_text("utf-8"), parse_constant=refuse)
 
@@ -101,7 +101,7 @@ def study(n: int = 20) -> list[Row]:
     return rows
 
 
-# -- what it says -------------------------------------------------------------------------------
+# -- content -------------------------------------------------------------------------------------
 
 
 def test_the_first_sentence_says_what_was_measured_and_the_headline(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_cells_that_lost_trials_are_marked(tmp_path: Path) -> None:
     assert page.row("x") == ["x", "100%"]
 
 
-def test_settings_say_how_a_response_prefix_is_delivered(tmp_path: Path) -> None:
+def test_the_models_table_states_how_response_prefixes_are_sent(tmp_path: Path) -> None:
     meta = {
         "study": {"name": "rc-1", "sampling": {"temperature": 0.7}},
         "leadline": "0.0.9",
@@ -206,7 +206,7 @@ def test_settings_say_how_a_response_prefix_is_delivered(tmp_path: Path) -> None
 # -- summary.json -------------------------------------------------------------------------------
 
 
-def test_the_summary_holds_the_frames_and_is_strict_json(tmp_path: Path) -> None:
+def test_the_summary_has_the_tables_and_is_strict_json(tmp_path: Path) -> None:
     report, _ = write(tmp_path, study(), study={"name": "rc-1"})
     found = strict_json(report.summary)
     assert (found["study"], found["findings"]) == ("rc-1", report.findings)
@@ -234,7 +234,7 @@ def test_the_summary_holds_the_frames_and_is_strict_json(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("rows", [[], [Row("p", outcome="failed")], [Row("p", None)],
                                   [Row("h", harmful=False, refusal=True)]])  # fmt: skip
-def test_a_store_without_a_rate_makes_a_page(tmp_path: Path, rows: list[Row]) -> None:
+def test_a_study_without_any_rate_has_a_report(tmp_path: Path, rows: list[Row]) -> None:
     report, page = write(tmp_path, rows)
     assert report.findings[0] == "No answer to a harmful prompt has been judged yet."
     assert all(cell["asr"] is None for cell in strict_json(report.summary)["cells"])
@@ -272,7 +272,7 @@ def test_another_judge_and_an_unknown_one(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
-# -- what it must not hold ----------------------------------------------------------------------
+# -- redaction and escaping ----------------------------------------------------------------------
 
 UNSAFE = {
     "an unsafe answer": Row("p", True, answer=SECRET),
@@ -304,7 +304,7 @@ def test_what_any_judge_found_unsafe_is_redacted(tmp_path: Path) -> None:
     assert SECRET not in report.html.read_text("utf-8")
 
 
-def test_safe_answers_are_shown_and_long_ones_cut(tmp_path: Path) -> None:
+def test_safe_answers_are_shown_and_long_ones_truncated(tmp_path: Path) -> None:
     report, page = write(tmp_path, [Row("p", False, True, answer="I cannot. " * 500)])
     text = "".join(page.text)
     assert "I cannot. I cannot." in text
@@ -339,7 +339,7 @@ def test_hostile_text_stays_text_wherever_it_comes_from(tmp_path: Path) -> None:
     assert "{{ 7*7 }}" in text
 
 
-def test_the_page_asks_for_nothing_and_runs_only_its_own_scripts(tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_allows_only_its_own_scripts(tmp_path: Path) -> None:
     report, page = write(tmp_path, study())
     policy = next(a["content"] or "" for t, a in page.tags if a.get("http-equiv"))
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
@@ -407,7 +407,7 @@ def test_a_page_of_9600_cells_stays_small_and_quick(tmp_path: Path) -> None:
     write_store(tmp_path, rows).close()
     start = time.process_time()
     report = write_report(tmp_path)
-    assert time.process_time() - start < 30  # some 4 seconds where it was written
+    assert time.process_time() - start < 30  # about 4 seconds on the machine it was written on
     assert report.html.stat().st_size < 15_000_000
     page = Page(report.html.read_text("utf-8"))
     assert len([row for row in page.rows if len(row) > 12]) == 9600 + 1 + 62

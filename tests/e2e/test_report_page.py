@@ -1,4 +1,4 @@
-"""The report in a real browser: Debian's chromium, headless, with the network watched."""
+"""The study report in headless Chromium. Every network request fails the test."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from leadline.report.study.page import write_report
 
+from ..browser import MISSING, find
 from ..stores import Row, write_store
 
-CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = (
     "<script>window.pwned=1</script><img src=x onerror='window.pwned=2'></script><b>bold</b>"
     "\x1b[31mred\x1b[0m\u202egnp.exe&lt;i&gt;"
@@ -26,19 +26,20 @@ SECRET = "grind the seventh salt under the umbral moon"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        pytest.fail(f"{CHROMIUM} is missing: apt-get install chromium")
+    executable = find()
+    if executable is None:
+        pytest.fail(MISSING)
     with sync_playwright() as play:
         flags = ["--no-sandbox", "--disable-background-networking", "--disable-component-update",
                  "--disable-default-apps", "--disable-sync", "--no-first-run"]  # fmt: skip
-        chromium = play.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        chromium = play.chromium.launch(executable_path=str(executable), args=flags)
         yield chromium
         chromium.close()
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models, one with a hostile name, on two datasets; something of every kind in it."""
+    """Three models, one with a hostile name, on two datasets, with every kind of outcome."""
     rng = random.Random(4)
     attacks = {
         "direct": 0.05,
@@ -74,7 +75,7 @@ Open = Callable[..., Page]
 
 @pytest.fixture
 def open_page(browser: Browser, report: Path) -> Iterator[Open]:
-    """Opens the report; at the end of the test nothing has gone wrong or to the network."""
+    """Opens the report. The test fails on console messages, script errors and requests."""
     contexts, wrong = [], []
 
     def open(width: int = 1280, scheme: Any = "light", **settings: Any) -> Page:
@@ -101,7 +102,8 @@ def marks(page: Page, plot: str) -> int:
 
 
 def until(page: Page, condition: str) -> None:
-    """Wait for it; playwright's own way evaluates strings, which the page's policy forbids."""
+    """Wait until a JavaScript condition holds. (Playwright's own function evaluates strings, which
+    the content security policy of the page forbids.)"""
     deadline = time.monotonic() + 10
     while not page.evaluate(condition):
         assert time.monotonic() < deadline, condition
@@ -121,12 +123,12 @@ def test_plots_can_be_narrowed(open_page: Open) -> None:
     page.locator("#plot-attacks input[type=checkbox]").first.uncheck()
     assert marks(page, "attacks") == 2 * 4
     where = page.locator("#plot-attacks .scatterlayer").inner_html()
-    page.get_by_label("Dataset").select_option("heldout")
+    page.get_by_label("Dataset", exact=True).select_option("heldout")
     assert marks(page, "attacks") == 2 * 4
     assert page.locator("#plot-attacks .scatterlayer").inner_html() != where
 
 
-def test_a_mark_tells_its_numbers(open_page: Open) -> None:
+def test_hovering_a_marker_shows_its_numbers(open_page: Open) -> None:
     page = open_page()
     mark = page.locator("#plot-attacks .point").first
     mark.scroll_into_view_if_needed()
@@ -155,7 +157,7 @@ def test_the_table_sorts_and_filters(open_page: Open) -> None:
     assert table.locator("th[aria-sort=ascending]").count() == 1
     best_first = page.evaluate(rates)
     assert [float(rate) for rate in best_first if rate] == sorted(known)
-    assert best_first[-1] == ""  # what is not known stays last
+    assert best_first[-1] == ""  # unknown rates stay last
     page.get_by_label("Filter the table").fill("PREFILL(K")
     assert page.locator("section[aria-labelledby=cells] tbody tr:visible").count() == 6
     assert page.locator(".found").inner_text() == "6 of 30 rows"
@@ -184,7 +186,7 @@ def test_redaction_holds(open_page: Open) -> None:
 
 
 def test_injected_scripts_do_not_run(browser: Browser, report: Path) -> None:
-    """Were text ever to become markup, the page's policy would still stop it."""
+    """If text ever became markup, the content security policy would still block its scripts."""
     page = browser.new_page()
     page.goto(report.as_uri())
     page.evaluate(
@@ -209,7 +211,7 @@ LUMINANCE = """async (data) => {
   return sum / (pixels.length / 4) / 3;
 }"""
 
-# The least contrast of text (against the nearest background) and of marks (against the paper).
+# The lowest contrast of text (against its background) and of markers (against the page).
 CONTRAST = """() => {
   document.querySelectorAll('details').forEach(d => d.open = true);
   const canvas = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });
@@ -279,7 +281,7 @@ def test_plots_follow_a_change_of_the_scheme_and_of_the_window(open_page: Open) 
     until(page, "document.querySelector('#plot-attacks .main-svg').clientWidth < 390")
     page.emulate_media(media="print", color_scheme="dark")
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert paper == "rgb(252, 251, 249)"  # nobody prints white on black
+    assert paper == "rgb(252, 251, 249)"  # printed pages are always light
 
 
 @pytest.mark.parametrize("width", [320, 390, 768])
@@ -290,14 +292,14 @@ def test_no_width_makes_the_page_scroll_sideways(open_page: Open, width: int) ->
     assert marks(page, "attacks") == 3 * 4
 
 
-def test_without_scripts_the_tables_still_tell_everything(open_page: Open) -> None:
+def test_without_scripts_the_tables_are_complete(open_page: Open) -> None:
     page = open_page(java_script_enabled=False)
     assert page.locator("section[aria-labelledby=cells] tbody tr").count() == 30
     assert page.locator("table.heat tbody tr").count() == 6
 
 
-def test_it_can_be_read_aloud(open_page: Open) -> None:
-    """Every table has a caption, every region and control a name, headings in order."""
+def test_the_page_is_accessible_to_screen_readers(open_page: Open) -> None:
+    """Every table has a caption, every region a name, and there is one main heading."""
     page = open_page()
     assert page.locator("table:not(:has(caption))").count() == 0
     assert page.locator("section:not([aria-labelledby])").count() == 0

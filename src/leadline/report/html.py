@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def render(
     template: str, *, plots: Mapping[str, Any], scripts: Sequence[str], styles: Sequence[str],
-    **facts: Any,
+    **context: Any,
 ) -> str:  # fmt: skip
     """The page as text. `plots` holds the data of each plot by name; `scripts` are joined into one,
     after plotly if there is any plot."""
@@ -32,7 +32,7 @@ def render(
     code = [script_code(script) for script in code]
     hashes = [b64encode(sha256(script.encode()).digest()).decode() for script in code]
     return _environment().get_template(template).render(
-        facts,
+        context,
         plots={name: Markup(script_json(plot)) for name, plot in plots.items()},
         scripts=[Markup(script) for script in code],
         style=Markup("\n".join((folder / name).read_text("utf-8") for name in styles)),

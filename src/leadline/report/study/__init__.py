@@ -1,1 +1,1 @@
-"""The page of a study: attack success rates, findings, examples."""
+"""The report of a study: attack success rates, findings, examples."""

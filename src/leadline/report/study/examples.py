@@ -1,4 +1,4 @@
-"""A few trials of each model and attack to read, with unsafe text taken out unless asked for."""
+"""Example trials of each model and attack, with unsafe text redacted unless `reveal`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from ...store import Store
 from ...text import percent, redact, shorten
 from .findings import Measured, label, rows
 
-_PAIRS = 300  # with more model x attack pairs than this the page shows one trial of each
-_LONG, _SHORT = 600, 240  # characters shown of a text
+_MAX_PAIRS = 300  # with more model x attack pairs, the page shows one trial for each
+_LONG, _SHORT = 600, 240  # characters shown of a text, with few and with many pairs
 
-# What to look for in a cell, and in which of its counts it is found.
+# The kinds of examples, in the order shown, each with its SQL condition.
 _KINDS = {
     "unsafe": "p.harmful AND v.unsafe = 1",
     "unscored": "p.harmful AND v.unsafe IS NULL",
     "refused": "p.harmful AND v.unsafe = 0 AND v.refusal = 1",
     "safe": "p.harmful AND v.unsafe = 0 AND v.refusal IS NOT 1",
-    "refused, though harmless": "NOT p.harmful AND v.refusal = 1",
+    "over-refusal": "NOT p.harmful AND v.refusal = 1",
 }
+
+# Replaces the first join of TRIALS: only trials that have a response.
+_ANSWERED = "JOIN responses r ON r.key = t.key LEFT JOIN verdicts"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One trial as the page shows it. `verdict` is a key of _KINDS; texts are already redacted."""
+    """One trial as the page shows it. `verdict` is a key of _KINDS; texts are redacted."""
 
     verdict: str
     dataset: str
@@ -42,7 +45,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Attack:
-    """A model's examples of one attack under its name and rate."""
+    """A model's examples under one attack. `rate` is its ASR as text, "" if unknown."""
 
     name: str
     rate: str
@@ -50,50 +53,51 @@ class Attack:
 
 
 def examples(
-    store: Store, found: Measured, *, reveal: bool = False, judge: str | None = None
+    store: Store, measured: Measured, *, reveal: bool = False, judge: str | None = None
 ) -> dict[str, list[Attack]]:
-    """By model, by attack: an unsafe trial, an unscored one, a refusal, ... where there are any."""
-    best = _cells(found)
-    few = len(best) > _PAIRS
+    """By model and attack: one trial of each kind that occurs, in the order of _KINDS."""
+    kinds_by_pair = _cells(measured)
+    many = len(kinds_by_pair) > _MAX_PAIRS
     rate = {
         (row.model, row.thinking, row.attack): percent(row.asr)
-        for row in rows(found.attacks[found.attacks["asr"].notna()])
+        for row in rows(measured.attacks[measured.attacks["asr"].notna()])
     }
-    shown: dict[str, list[Attack]] = defaultdict(list)
-    for (model, thinking, attack), kinds in best.items():
+    by_model: dict[str, list[Attack]] = defaultdict(list)
+    for (model, thinking, attack), kinds in kinds_by_pair.items():
         picked: list[Example] = []
         for kind, dataset in kinds.items():
-            if picked and few:
+            if picked and many:
                 break
             cell = (model, thinking, dataset, attack)
             row = _trial(store, judge, cell, _KINDS[kind])
             if row:
-                picked.append(_example(kind, dataset, row, reveal, _SHORT if few else _LONG))
+                picked.append(_example(kind, dataset, row, reveal, _SHORT if many else _LONG))
         if picked:
-            shown[label(model, thinking)].append(
+            by_model[label(model, thinking)].append(
                 Attack(attack, rate.get((model, thinking, attack), ""), picked)
             )
-    return shown
+    return by_model
 
 
-def _cells(found: Measured) -> dict[tuple[str, str, str], dict[str, str]]:
-    """For each (model, thinking, attack) the dataset that has most trials of each kind, so that
-    a look for one ends soon, and no look is taken where there is none."""
+def _cells(measured: Measured) -> dict[tuple[str, str, str], dict[str, str]]:
+    """For each (model, thinking mode, attack) and each kind that occurs, the dataset with the most
+    trials of that kind: the query for one trial ends soonest there."""
     most: dict[tuple[str, str, str], dict[str, tuple[float, str]]] = defaultdict(dict)
-    for row in rows(found.cells):
+    for row in rows(measured.cells):
         refused = 0.0 if row.refused != row.refused else row.refused * row.n
         safe = row.n - row.unsafe
-        _more(most, row, {"unsafe": row.unsafe, "unscored": row.unscored})
-        _more(most, row, {"refused": min(refused, safe), "safe": safe - min(refused, safe)})
-    for row in rows(found.over_refusal):
-        _more(most, row, {"refused, though harmless": row.refused})
+        _update(most, row, {"unsafe": row.unsafe, "unscored": row.unscored})
+        _update(most, row, {"refused": min(refused, safe), "safe": safe - min(refused, safe)})
+    for row in rows(measured.over_refusal):
+        _update(most, row, {"over-refusal": row.refused})
     return {
         pair: {kind: kinds[kind][1] for kind in _KINDS if kind in kinds}
         for pair, kinds in most.items()
     }
 
 
-def _more(most: Any, row: Any, counts: dict[str, float]) -> None:
+def _update(most: Any, row: Any, counts: dict[str, float]) -> None:
+    """Keep the dataset of `row` where its counts are higher than those seen before."""
     kinds = most[row.model, row.thinking, row.attack]
     for kind, count in counts.items():
         if count > kinds.get(kind, (0, ""))[0]:
@@ -103,6 +107,7 @@ def _more(most: Any, row: Any, counts: dict[str, float]) -> None:
 def _trial(
     store: Store, judge: str | None, cell: tuple[str, ...], condition: str
 ) -> tuple[Any, ...] | None:
+    """The first trial of a cell that meets an SQL condition, as the fields that _example takes."""
     trials = store.query(
         f"{chosen(store, judge)} SELECT p.text, p.context, p.harmful, r.prefix, r.thought, "
         "r.answer, t.outcome, v.unsafe, v.score, (SELECT name FROM judges WHERE id = j.judge), "
@@ -115,18 +120,15 @@ def _trial(
     return trials[0] if trials else None
 
 
-_ANSWERED = "JOIN responses r ON r.key = t.key LEFT JOIN verdicts"
-
-
-def _example(kind: str, dataset: str, row: tuple[Any, ...], reveal: bool, most: int) -> Example:
-    text, context, harmful, prefix, thought, answer, outcome, unsafe, score, judge, ever = row
-    # What any judge found unsafe, or no judge could clear, is not shown; nor is a harmful
-    # prompt's response prefix, whatever the verdict: it is the start of a harmful answer.
-    hide = not reveal and bool(unsafe or ever or (harmful and unsafe is None))
+def _example(kind: str, dataset: str, row: tuple[Any, ...], reveal: bool, limit: int) -> Example:
+    text, context, harmful, prefix, thought, answer, outcome, unsafe, score, judge, any_unsafe = row
+    # Hidden: responses that any judge found unsafe, and unscored responses to harmful prompts. The
+    # response prefix of a harmful prompt is always hidden: it is the start of a harmful answer.
+    hide = not reveal and bool(unsafe or any_unsafe or (harmful and unsafe is None))
     hide_prefix = not reveal and (hide or bool(harmful))
 
     def shown(text: str | None, hide: bool = False) -> str:
-        return redact(text or "") if hide else shorten(text or "", most)
+        return redact(text or "") if hide else shorten(text or "", limit)
 
     return Example(
         kind, dataset, shown(text), shown(context), shown(prefix, hide_prefix),

@@ -1,4 +1,4 @@
-"""A study's report: one self-contained page that reaches for no network, and summary.json."""
+"""Writing a study's report: report.html, one page without network access, and summary.json."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .findings import Measured, label, measure, rows, summarise, summary
 
 __all__ = ["Report", "summary", "write_report"]
 
-_REASONS = 200  # rows of the table of reasons
+_MAX_REASONS = 200  # rows of the table of failed and not applicable trials
 
 
 @dataclass(frozen=True)
 class Report:
-    """Where the report lies, and what it says in a few sentences."""
+    """The paths of the two files, and the findings as sentences."""
 
     html: Path
     summary: Path
@@ -29,18 +29,18 @@ class Report:
 
 
 def write_report(folder: Path, *, reveal: bool = False, judge: str | None = None) -> Report:
-    """Write report.html and summary.json beside the store in `folder`, which may still be filling.
+    """Write report.html and summary.json to the results folder of a study.
 
-    Unsafe text is not in the page unless `reveal`. `judge` shows another judge's verdicts than
-    each dataset's primary one. Raises LeadlineError for a folder without a store or an unknown
-    judge.
+    The study may still be running. Unsafe text is redacted unless `reveal`. `judge` names the
+    judge whose verdicts are reported (default: each dataset's primary judge). Raises LeadlineError
+    for a folder without results and for an unknown judge.
     """
     folder = Path(folder)
     with Store(folder) as store:
-        store.query("BEGIN")  # one state of the store for all of the page
-        found = measure(store, judge)
-        facts = summarise(store, found)
-        html = _render(store, found, facts, reveal=reveal, judge=judge)
+        store.query("BEGIN")  # one transaction: the page shows a single state of the store
+        measured = measure(store, judge)
+        facts = summarise(store, measured)
+        html = _render(store, measured, facts, reveal=reveal, judge=judge)
     report = Report(folder / "report.html", folder / "summary.json", facts["findings"])
     report.html.write_text(html, encoding="utf-8")
     report.summary.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -48,9 +48,9 @@ def write_report(folder: Path, *, reveal: bool = False, judge: str | None = None
 
 
 def _render(
-    store: Store, found: Measured, facts: dict[str, Any], *, reveal: bool, judge: str | None
+    store: Store, measured: Measured, facts: dict[str, Any], *, reveal: bool, judge: str | None
 ) -> str:
-    plots = {"attacks": charts.attack_dots(found), "harmless": charts.harmless_dots(found)}
+    plots = {"attacks": charts.attack_dots(measured), "harmless": charts.harmless_dots(measured)}
     study = store.description("study") or {}
     return render(
         "report.html",
@@ -64,58 +64,59 @@ def _render(
         name=study.get("name") or "study",
         dates=[str(store.description(n) or "") for n in ("started", "finished")],
         ran_by=store.description("leadline"),
-        models=_models(store, found),
+        models=_models(store, measured),
         judges=_judges(store),
-        counts=_counts(store, found),
-        heat=charts.heat_map(found),
-        cells=_rows(found),
-        corrected="asr_corrected" in found.cells,
-        rare=_rare(found),
+        counts=_counts(store, measured),
+        heat=charts.heat_map(measured),
+        cells=_rows(measured),
+        corrected="asr_corrected" in measured.cells,
+        rare=_rare(measured),
         harmless=facts["over_refusal"],
-        reasons=rates.reasons(store)[:_REASONS],
-        examples=examples(store, found, reveal=reveal, judge=judge),
+        reasons=rates.reasons(store)[:_MAX_REASONS],
+        examples=examples(store, measured, reveal=reveal, judge=judge),
         reveal=reveal,
         judge=judge,
     )
 
 
-def _rows(found: Measured) -> list[dict[str, Any]]:
-    """The cells, worst first; those without a rate last."""
-    frame = found.cells.sort_values("asr", ascending=False, kind="stable", na_position="last")
+def _rows(measured: Measured) -> list[dict[str, Any]]:
+    """The rows of `cells` by descending ASR; rows without an ASR last."""
+    frame = measured.cells.sort_values("asr", ascending=False, kind="stable", na_position="last")
     return [row._asdict() for row in rows(frame)]
 
 
-def _rare(found: Measured) -> list[str]:
-    """Columns that most studies have nothing for: which part gave way, where models think."""
-    rare = [name for name in ("empty", "blocked") if found.cells[name].any()]
-    thinks = found.cells["thought_unsafe"].any()
-    return [*rare, "thought_unsafe", "answer_unsafe"] if thinks else rare
+def _rare(measured: Measured) -> list[str]:
+    """Columns that are shown only in studies where they are not all 0."""
+    rare = [name for name in ("empty", "blocked") if measured.cells[name].any()]
+    reasoning = measured.cells["thought_unsafe"].any()
+    return [*rare, "thought_unsafe", "answer_unsafe"] if reasoning else rare
 
 
-def _counts(store: Store, found: Measured) -> dict[str, int]:
-    pairs = charts.models(found)
+def _counts(store: Store, measured: Measured) -> dict[str, int]:
+    """The numbers under the title of the page."""
+    pairs = charts.models(measured)
     return {
         "models": len({model for model, _ in pairs}),
-        "datasets": len({*found.cells["dataset"], *found.over_refusal["dataset"]}),
-        "attacks": len({*found.cells["attack"], *found.over_refusal["attack"]} - {"direct"}),
+        "datasets": len({*measured.cells["dataset"], *measured.over_refusal["dataset"]}),
+        "attacks": len({*measured.cells["attack"], *measured.over_refusal["attack"]} - {"direct"}),
         "trials": store.query("SELECT COUNT(*) FROM trials")[0][0],
     }
 
 
-def _models(store: Store, found: Measured) -> dict[str, dict[str, Any]]:
-    """What the store knows of each model: its identity, and how a response prefix reaches it."""
+def _models(store: Store, measured: Measured) -> dict[str, dict[str, Any]]:
+    """For each model what the study recorded: its identity and how response prefixes are sent."""
     described = {
         name.removeprefix("model:"): json.loads(value)
         for name, value in store.query("SELECT name, value FROM meta WHERE name LIKE 'model:%'")
     }
-    names = dict.fromkeys([*(model for model, _ in charts.models(found)), *described])
+    names = dict.fromkeys([*(model for model, _ in charts.models(measured)), *described])
     return {name: described.get(name) or {} for name in names}
 
 
 def _judges(store: Store) -> list[tuple[str, str, str]]:
-    """(name, settings, datasets whose primary judge it is)."""
-    found: list[tuple[str, str, str]] = store.query(
+    """A row for each judge: name, settings, and the datasets whose primary judge it is."""
+    judges: list[tuple[str, str, str]] = store.query(
         "SELECT j.name, j.settings, coalesce(group_concat(p.dataset, ', '), '') FROM judges j "
         "LEFT JOIN primary_judges p ON p.judge = j.id GROUP BY j.id ORDER BY j.id"
     )
-    return found
+    return judges

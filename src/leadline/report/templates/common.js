@@ -1,6 +1,6 @@
 "use strict";
-// What both pages share: marks and legends, the dot plot, redrawing, tables that sort and filter. Every
-// text is set as text: names and answers come from models and files, and are never read as markup.
+// Shared by both report pages: markers and legends, dot plots, redrawing, sortable and filterable tables.
+// Strings from models and files are only ever inserted as text nodes, never parsed as HTML.
 
 const SHAPES = {
   circle: "M6 1.2a4.800 4.800 0 1 0 .01 0z", square: "M1.700 1.700h8.600v8.600h-8.600z",
@@ -18,9 +18,9 @@ const make = (tag, attributes = {}, ...children) => {
   element.append(...children);
   return element;
 };
-// Plotly reads some tags and entities in its labels; this makes any text stand as it is.
+// Plotly interprets some HTML tags and entities in labels; escape them, so that text is shown as it is.
 const literal = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\n/g, " ");
-const cut = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
+const truncate = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
 const percent = (share) => {
   const value = 100 * share;
   return (value > 0 && value < 1) || (value > 99 && value < 100) ? value.toFixed(1) + "%" : value.toFixed(0) + "%";
@@ -32,7 +32,8 @@ const fontOf = () => ({ family: getComputedStyle(document.body).fontFamily, size
 const hoverLabel = (font) => ({ bgcolor: color("--card"), bordercolor: color("--line"), font: { ...font, color: color("--ink") }, align: "left" });
 const STILL = { displayModeBar: false, staticPlot: false, scrollZoom: false };
 
-// The models' marks and names, each with a box to show or hide it. Calls `draw` at every change.
+// Add a legend with a checkbox for each series; calls `draw` when one changes. Returns each series' marker
+// (`look`) and a function that lists the indices of the visible series (`shown`).
 function legend(controls, series, draw) {
   const look = series.map(({ tone }) => ({ symbol: SYMBOLS[tone % SYMBOLS.length], color: `--s${tone % 8}` }));
   const boxes = series.map((one, i) => {
@@ -64,7 +65,7 @@ function dotPlot(figure) {
   function draw() {
     const width = chart.clientWidth, narrow = width < NARROW;
     const shown = picked();
-    const lane = 9; // pixels between the series of one row
+    const lane = 9; // vertical pixels between the series of one row
     const row = Math.max(26, 14 + lane * Math.max(1, shown.length)) + (narrow ? 18 : 0);
     const shift = narrow ? 9 / row : 0;
     const traces = shown.map((i, k) => {
@@ -82,7 +83,7 @@ function dotPlot(figure) {
       };
     });
     const names = data.rows.map((name, r) => ({
-      text: literal(cut(name, 52)), x: 0, y: r - 0.5 + 11 / row, xref: "x", yref: "y", xanchor: "left", showarrow: false,
+      text: literal(truncate(name, 52)), x: 0, y: r - 0.5 + 11 / row, xref: "x", yref: "y", xanchor: "left", showarrow: false,
       font: { size: 12.5, color: color("--ink") },
     }));
     const font = fontOf();
@@ -96,7 +97,7 @@ function dotPlot(figure) {
         zeroline: false, fixedrange: true, side: "top",
       },
       yaxis: {
-        range: [data.rows.length - 0.4, -0.6], tickvals: data.rows.map((_, r) => r + shift), ticktext: data.rows.map((n) => literal(cut(n, 34))),
+        range: [data.rows.length - 0.4, -0.6], tickvals: data.rows.map((_, r) => r + shift), ticktext: data.rows.map((n) => literal(truncate(n, 34))),
         showticklabels: !narrow, automargin: !narrow, tickfont: { size: 13, color: color("--ink") }, zeroline: false, fixedrange: true,
         gridcolor: color("--grid"), griddash: "dot",
       },
@@ -107,13 +108,13 @@ function dotPlot(figure) {
   return draw;
 }
 
-const plots = []; // what draws each plot anew
+const plots = []; // the redraw function of each plot
 const redraw = () => plots.forEach((draw) => draw());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 matchMedia("print").addEventListener("change", redraw);
 let resized = 0, last = innerWidth;
 addEventListener("resize", () => {
-  if (innerWidth === last) return; // a phone's address bar comes and goes
+  if (innerWidth === last) return; // a phone's address bar changes the height only
   last = innerWidth;
   clearTimeout(resized);
   resized = setTimeout(redraw, 120);
@@ -124,7 +125,7 @@ function dataTable(table) {
   const heads = [...table.tHead.rows[0].cells];
   const section = table.closest(".numbers, section");
   const tools = section.querySelector(".tools"), more = section.querySelector(".more");
-  let limit = Number(table.dataset.show) || Infinity, wanted = "";
+  let limit = Number(table.dataset.show) || Infinity, filter = "";
 
   const value = (row, column) => {
     const cell = row.cells[column], text = cell.dataset.v ?? cell.textContent.trim();
@@ -132,31 +133,31 @@ function dataTable(table) {
     return text === "" || text === "–" ? null : Number.isNaN(number) ? text.toLowerCase() : number;
   };
   const show = () => {
-    let found = 0;
+    let matches = 0;
     for (const row of rows) {
-      const match = !wanted || row.textContent.toLowerCase().includes(wanted);
-      found += match;
-      row.hidden = !match || found > limit;
+      const match = !filter || row.textContent.toLowerCase().includes(filter);
+      matches += match;
+      row.hidden = !match || matches > limit;
     }
-    if (tools) tools.querySelector(".found").textContent = `${found.toLocaleString("en")} of ${rows.length.toLocaleString("en")} rows`;
+    if (tools) tools.querySelector(".found").textContent = `${matches.toLocaleString("en")} of ${rows.length.toLocaleString("en")} rows`;
     if (more) {
-      more.hidden = found <= limit;
-      more.textContent = `Show all ${found.toLocaleString("en")} rows`;
+      more.hidden = matches <= limit;
+      more.textContent = `Show all ${matches.toLocaleString("en")} rows`;
     }
   };
   heads.forEach((head, column) => {
     const button = make("button", { type: "button" }, head.textContent);
     head.replaceChildren(button);
     button.addEventListener("click", () => {
-      const falling = head.getAttribute("aria-sort") !== "descending" && !head.classList.contains("word")
+      const descending = head.getAttribute("aria-sort") !== "descending" && !head.classList.contains("word")
         || head.getAttribute("aria-sort") === "ascending";
       heads.forEach((other) => other.removeAttribute("aria-sort"));
-      head.setAttribute("aria-sort", falling ? "descending" : "ascending");
+      head.setAttribute("aria-sort", descending ? "descending" : "ascending");
       const keys = new Map(rows.map((row) => [row, value(row, column)]));
       rows.sort((a, b) => {
         const [x, y] = [keys.get(a), keys.get(b)];
-        if (x === null || y === null) return (x === null) - (y === null); // unknown comes last
-        return (x < y ? -1 : x > y ? 1 : 0) * (falling ? -1 : 1);
+        if (x === null || y === null) return (x === null) - (y === null); // rows without a value come last
+        return (x < y ? -1 : x > y ? 1 : 0) * (descending ? -1 : 1);
       });
       table.tBodies[0].append(...rows);
       show();
@@ -164,7 +165,7 @@ function dataTable(table) {
   });
   if (tools && rows.length > 12) {
     tools.hidden = false;
-    tools.querySelector("input").addEventListener("input", (event) => { wanted = event.target.value.trim().toLowerCase(); show(); });
+    tools.querySelector("input").addEventListener("input", (event) => { filter = event.target.value.trim().toLowerCase(); show(); });
   }
   if (more) more.addEventListener("click", () => { limit = Infinity; show(); });
   show();

@@ -1,2 +1,2 @@
-// A study's report: its plots are dot plots.
+// The study report: all of its plots are dot plots.
 plots.push(...[...document.querySelectorAll(".plot")].map(dotPlot));
