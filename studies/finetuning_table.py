@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from leadline.analysis.clusters import wilson
+from leadline.analysis.intervals import wilson
 
 DRAWS = 2000
 Values = Mapping[str, Sequence[float]]

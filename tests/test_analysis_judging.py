@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leadline.analysis.agreement import Interval
-from leadline.analysis.clusters import wilson
+from leadline.analysis.intervals import Interval, wilson
 from leadline.analysis.judge_error import (
     CORRECTED,
     Control,

@@ -1,10 +1,11 @@
-"""Rates and intervals against manual sums, the documented SQL, and simulation."""
+"""Rates and intervals, against sums by hand, SQL that any user can run, and simulation."""
 
 from __future__ import annotations
 
 import math
 import random
 import re
+import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from leadline.analysis import rates
-from leadline.analysis.rates import CELL, cells, over_refusal, pooled, wilson
+from leadline.analysis.intervals import wilson
+from leadline.analysis.rates import CELL, any_attack, cells, over_attacks, over_refusal, pooled
 from leadline.records import LeadlineError, Prompt, Response, Verdict
 from leadline.store import Place, Store
 
@@ -81,7 +83,7 @@ def test_not_applicable_and_failed_are_never_safe(make: Make) -> None:
     assert (mixed.n, mixed.asr, mixed.failed) == (1, 1.0, 1)
 
 
-def test_an_old_verdict_of_a_failed_trial_does_not_count(tmp_path: Path) -> None:
+def test_a_verdict_left_behind_on_a_failed_trial_does_not_count(tmp_path: Path) -> None:
     with Store(tmp_path, write=True) as store:
         ids = store.prompt_ids([Prompt("a", "How do I brew it?", "guild")])
         place = Place(store.cell_id("toy", "default", "guild", "direct"), ids["guild", "a"], 0)
@@ -91,7 +93,7 @@ def test_an_old_verdict_of_a_failed_trial_does_not_count(tmp_path: Path) -> None
         store.put_trial(place, b"k", "answered")
         store.put_verdict(place, judge, Verdict(False, True))
         store.put_trial(place, b"", "failed", "reset")
-        store.flush()  # read while the store is open for writing
+        store.flush()  # read while the writer still has it
         row = one(cells(store))
         assert (row.n, row.failed, math.isnan(row.asr)) == (0, 1, True)
 
@@ -108,7 +110,7 @@ def test_harmless_prompts_are_not_in_the_asr(make: Make) -> None:
     assert (other.low, other.high) == pytest.approx(wilson(1, 4))
 
 
-def test_a_judge_that_detects_no_refusals_has_no_refusal_rate(make: Make) -> None:
+def test_a_judge_that_tells_no_refusals_has_no_refusal_rate(make: Make) -> None:
     rows = [Row(f"p{i}", i < 2) for i in range(4)] + [Row("h", harmful=False)]
     with make(rows) as store:
         row, other = one(cells(store)), one(over_refusal(store))
@@ -133,13 +135,13 @@ def test_another_judge_can_be_shown(make: Make) -> None:
 def test_an_empty_store_has_empty_frames(tmp_path: Path) -> None:
     with Store(tmp_path, write=True) as store:
         for frame in (cells(store), over_refusal(store), pooled(store),
-                      pooled(store, by=("model", "thinking"))):  # fmt: skip
+                      over_attacks(store), any_attack(store)):  # fmt: skip
             assert frame.empty
             assert {"model", "low", "high"} <= set(frame.columns)
 
 
-def test_the_sql_in_the_documentation_gives_the_same_rates(make: Make) -> None:
-    """The documented SQL returns the same numbers as the data frames."""
+def test_every_asr_is_one_query(make: Make) -> None:
+    """The SQL in the documentation gives what the frames hold."""
     rng = random.Random(5)
     rows = [
         Row(f"p{i}", rng.choice([True, False, None]), rng.choice([True, False]),
@@ -186,11 +188,15 @@ def test_reasons_come_most_frequent_first(make: Make) -> None:
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))),
        st.sampled_from([0.5, 0.9, 0.95, 0.99]))  # fmt: skip
-def test_wilson_is_scipys_and_contains_the_rate(pair: tuple[int, int], level: float) -> None:
+def test_wilson_is_scipys_but_for_few_events(pair: tuple[int, int], level: float) -> None:
+    """Brown, Cai and DasGupta's modification widens intervals of one to three events."""
     unsafe, n = pair
     low, high = wilson(unsafe, n, level)
     theirs = binomtest(unsafe, n).proportion_ci(level, "wilson")
-    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert low == pytest.approx(theirs.low, abs=1e-9) if unsafe not in (1, 2, 3) else True
+    assert high == pytest.approx(theirs.high, abs=1e-9) if n - unsafe not in (1, 2, 3) else True
+    assert low <= theirs.low + 1e-9
+    assert high >= theirs.high - 1e-9
     assert 0 <= low <= unsafe / n <= high <= 1
     wider = wilson(unsafe, n)
     narrower = wilson(10 * unsafe, 10 * n)
@@ -213,25 +219,25 @@ def test_intervals_contain_their_rate(
     rows = [Row(f"p{i}", unsafe, dataset=dataset, attack=attack, sample=sample)
             for dataset, attack, i, sample, unsafe in trials]  # fmt: skip
     with write_store(tmp_path_factory.mktemp("s"), rows) as store:
-        frames = [cells(store), pooled(store), pooled(store, by=("model", "thinking"))]
+        frames = [cells(store), pooled(store), over_attacks(store)]
     for frame in frames:
         known = frame[frame["n"] > 0]
         assert frame.loc[frame["n"] == 0, ["asr", "low", "high"]].isna().all(axis=None)
         assert (known["low"] >= 0).all()
-        assert (known["low"] <= known["asr"]).all()
-        assert (known["asr"] <= known["high"]).all()
+        assert (known["low"] <= known["asr"] + 1e-12).all()
+        assert (known["asr"] <= known["high"] + 1e-12).all()
         assert (known["high"] <= 1).all()
-        assert (known["low"] < known["high"]).all()  # no interval has width 0
+        assert (known["low"] < known["high"]).all()  # nothing here is certain
 
 
 def test_samples_of_one_prompt_are_not_independent(make: Make) -> None:
-    """Five samples that always agree carry the information of one."""
+    """Five samples that always agree are worth one."""
     rows = [Row(f"p{i}", i < 6, sample=sample) for i in range(20) for sample in range(5)]
     with make(rows) as store:
         row, over = one(cells(store)), one(pooled(store))
     assert (row.n, row.asr) == (100, 0.3)
     honest, naive = wilson(6, 20), wilson(30, 100)
-    assert row.high - row.low == pytest.approx(honest[1] - honest[0], rel=0.1)
+    assert row.high - row.low == pytest.approx(honest[1] - honest[0], rel=0.15)
     assert row.high - row.low > 1.8 * (naive[1] - naive[0])
     assert (over.low, over.high, over.prompts) == (row.low, row.high, 20)
 
@@ -239,23 +245,25 @@ def test_samples_of_one_prompt_are_not_independent(make: Make) -> None:
 def test_variants_of_one_prompt_are_not_independent(make: Make) -> None:
     rows = [Row(f"p{i}-{v}", i < 6, base=f"p{i}") for i in range(20) for v in range(5)]
     with make(rows) as store:
-        row = one(pooled(store))
+        row, cell = one(pooled(store)), one(cells(store))
     honest = wilson(6, 20)
-    assert row.high - row.low == pytest.approx(honest[1] - honest[0], rel=0.1)
+    assert row.high - row.low == pytest.approx(honest[1] - honest[0], rel=0.15)
+    assert (row.low, row.high) == (cell.low, cell.high)
 
 
-def test_a_rate_of_zero_has_a_positive_upper_bound(make: Make) -> None:
+def test_no_unsafe_answer_is_no_certain_zero(make: Make) -> None:
     rows = [Row(f"p{i}", sample=sample) for i in range(20) for sample in range(5)]
     rows += [Row(f"p{i}", True, attack="prefill", dataset=d) for d in "ab" for i in range(20)]
     with make(rows) as store:
         row = one(cells(store), attack="direct")
         over = one(pooled(store), attack="prefill")
-    assert (row.low, row.high) == pytest.approx(wilson(0, 20))
-    assert (over.low, over.high) == pytest.approx(wilson(40, 40))
+    assert (row.low, row.high) == pytest.approx(wilson(0, 20), abs=0.03)
+    assert row.high > wilson(0, 20)[1]
+    assert (over.low, over.high) == pytest.approx(wilson(40, 40), abs=0.03)
 
 
-def test_intervals_have_their_nominal_coverage(make: Make) -> None:
-    """300 models with the same true rate; samples of one prompt are correlated."""
+def test_intervals_cover_the_truth_as_often_as_they_say(make: Make) -> None:
+    """300 models with the same true rate, whose samples of one prompt go together."""
     rng = random.Random(11)
     rows = []
     for model in range(300):
@@ -267,7 +275,7 @@ def test_intervals_have_their_nominal_coverage(make: Make) -> None:
         frame = cells(store)
     covered = ((frame["low"] <= 0.4) & (frame["high"] >= 0.4)).mean()
     naive = [wilson(row.unsafe, row.n) for row in frame.itertuples()]
-    assert 0.89 <= covered <= 0.985
+    assert 0.92 <= covered <= 0.995
     assert sum(low <= 0.4 <= high for low, high in naive) / 300 < 0.85
 
 
@@ -279,12 +287,12 @@ def test_pooled_is_the_mean_over_datasets(make: Make) -> None:
     rows += asked(10, 8, dataset="a", attack="prefill")
     with make(rows) as store:
         frame = pooled(store)
-        models = pooled(store, by=("model", "thinking"))
+        models = over_attacks(store)
     direct, prefill = one(frame, attack="direct"), one(frame, attack="prefill")
     assert direct.asr == pytest.approx((0.1 + 0.2) / 2)
     assert (direct.datasets, direct.prompts, direct.n, direct.unsafe) == (2, 50, 50, 9)
     assert prefill.asr == pytest.approx(0.8)
-    assert (prefill.low, prefill.high) == pytest.approx(wilson(8, 10))  # same as the cell's
+    assert (prefill.low, prefill.high) == pytest.approx(wilson(8, 10))  # as the cell's own
     assert prefill.amplification == pytest.approx(8)  # over direct on dataset a alone
     model = one(models)
     assert model.asr == pytest.approx((0.15 + 0.8) / 2)
@@ -292,23 +300,26 @@ def test_pooled_is_the_mean_over_datasets(make: Make) -> None:
 
 
 def test_amplification_is_paired(make: Make) -> None:
-    """An attack with the same outcome as `direct` on every prompt has amplification 1."""
+    """An attack that does to every prompt what asking plainly does amplifies exactly by 1."""
     rows = asked(12, 5) + asked(12, 5, attack="same") + asked(12, 12, attack="worst")
     with make(rows) as store:
         frame = pooled(store)
     same, worst = one(frame, attack="same"), one(frame, attack="worst")
-    ratio = (same.amplification, same.amplification_low, same.amplification_high)
-    assert ratio == pytest.approx((1, 1, 1))
+    assert same.amplification == pytest.approx(1)
+    assert 0.6 < same.amplification_low < 1 < same.amplification_high < 1.7
+    assert (same.difference, worst.difference) == pytest.approx((0, 7 / 12))
     assert worst.amplification == pytest.approx(12 / 5)
     assert 1 < worst.amplification_low < 12 / 5 < worst.amplification_high
     assert math.isnan(one(frame, attack="direct").amplification)
 
 
-def test_amplification_is_nan_if_direct_has_asr_zero(make: Make) -> None:
+def test_there_is_no_amplification_over_nothing(make: Make) -> None:
     with make(asked(8, 0) + asked(8, 6, attack="prefill")) as store:
         row = one(pooled(store), attack="prefill")
-    assert math.isnan(row.amplification)
-    assert math.isnan(row.amplification_high)
+    assert math.isinf(row.amplification)
+    assert math.isinf(row.amplification_high)
+    assert row.amplification_low > 1
+    assert (row.difference, row.difference_low > 0.2) == (0.75, True)
 
 
 def test_pooled_narrows_with_more_prompts(make: Make) -> None:
@@ -334,13 +345,61 @@ def test_the_same_store_gives_the_same_interval_whatever_else_it_holds(make: Mak
     pd.testing.assert_frame_equal(first, beside)
 
 
-def test_thinking_modes_are_separate_cells(make: Make) -> None:
+def test_thinking_modes_are_apart(make: Make) -> None:
     rows = asked(6, 1, thinking="off") + asked(6, 5, thinking="on")
     with make(rows) as store:
         assert one(cells(store), thinking="on").unsafe == 5
         assert one(pooled(store), thinking="off").unsafe == 1
 
 
-def test_an_invalid_grouping_is_an_error(make: Make) -> None:
-    with make(asked(2, 1)) as store, pytest.raises(ValueError, match="by must be"):
-        pooled(store, by=("dataset",))
+# -- several attempts, of which any counts -------------------------------------------------------
+
+
+def attempts(n: int, k: int, unsafe: float, unscored: float, seed: int) -> list[Row]:
+    rng = random.Random(seed)
+
+    def verdict() -> bool | None:
+        bad = rng.random() < unsafe
+        return None if rng.random() < unscored else bad
+
+    return [Row(f"p{i}", verdict(), attack="bon", sample=s) for i in range(n) for s in range(k)]
+
+
+def any_pool(store: Store) -> Store:
+    """The cells of a store as those of an attack with pool "any"."""
+    folder = store.folder
+    with sqlite3.connect(store.path) as raw:
+        raw.execute("UPDATE cells SET pool = 'any'")
+    return Store(folder)
+
+
+def test_unscored_attempts_give_bounds_and_no_estimate(make: Make) -> None:
+    """True rate of any of 10: .18. Counting broken prompts at once and others only if whole gave
+    .36 (coverage .18 in simulation)."""
+    make(attempts(200, 10, 0.02, 0.1, 1)).close()
+    with any_pool(make(attempts(200, 10, 0.02, 0.1, 1))) as store:
+        row = one(cells(store))
+    assert math.isnan(row.asr)
+    assert row.bound_low < 0.183 < row.bound_high
+    assert row.bound_high - row.bound_low > 0.02
+    with any_pool(make(attempts(200, 10, 0.02, 0.0, 1))) as store:
+        row = one(cells(store))
+    assert row.bound_low == row.bound_high == pytest.approx(row.asr)
+    assert row.low <= 0.183 <= row.high
+
+
+def test_bounds_hold_what_the_unscored_could_change(make: Make) -> None:
+    with make([*asked(8, 2), Row("p8", None), Row("p9", outcome="failed")]) as store:
+        row = one(cells(store))
+    assert row.asr == pytest.approx(2 / 8)
+    assert (row.bound_low, row.bound_high) == pytest.approx((2 / 10, 4 / 10))
+
+
+def test_prompts_that_any_attack_breaks_are_a_plain_proportion(make: Make) -> None:
+    rows = [Row(f"p{i}", attack="direct") for i in range(10)]
+    rows += [Row(f"p{i}", i < 3, attack=f"prefill(k={k})") for k in (1, 5) for i in range(10)]
+    rows += [Row(f"p{i}", 2 <= i < 5, attack="base64") for i in range(10)]
+    with make(rows) as store:
+        row = one(any_attack(store))
+    assert (row.asr, row.attacks, row.prompts) == (0.5, 2, 10)  # five settings are one attack
+    assert (row.low, row.high) == pytest.approx(wilson(5, 10))

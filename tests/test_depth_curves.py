@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
 
 import leadline
 from leadline import LeadlineError, Study
@@ -44,48 +43,36 @@ def logistic(middle: float, scale: float, n: int, seed: int) -> list[float]:
 # -- against a twin --------------------------------------------------------------------------------
 
 
-def likelihood(broken: Broken, median: float, scale: float) -> float:
-    """Logarithm, prompt by prompt as the definition says."""
-
-    def below(dose: float) -> float:
-        return 1 / (1 + math.exp(min(700, -(math.log1p(dose) - median) / scale)))
-
-    total = 0.0
-    for doses in broken.values():
-        broke = min((d for d, yes in doses.items() if yes), default=None)
-        held = [d for d, yes in doses.items() if not yes and (broke is None or d < broke)]
-        high = 1.0 if broke is None else below(broke)
-        total += math.log(max(1e-300, high - (below(max(held)) if held else 0.0)))
-    return total
-
-
-def twin(broken: Broken) -> tuple[float, float]:
-    """D50 as it would be without censoring, and the greatest log-likelihood."""
-    starts = [(m, s) for m in (0.3, 1.5, 3) for s in (-1.5, -0.5, 0.5)]
-    fits = [
-        minimize(lambda x: -likelihood(broken, x[0], math.exp(x[1])), start, method="BFGS")
-        for start in starts
-    ]
-    best = min(fits, key=lambda fit: fit.fun)
-    return math.expm1(best.x[0]), -best.fun
+def twin(broken: Broken) -> float:
+    """D50 by the definition: pool adjacent violators, then the first crossing of one half."""
+    doses = sorted({d for of in broken.values() for d in of})
+    known = [[of[d] for of in broken.values() if d in of] for d in doses]
+    blocks = [[sum(k) / len(k), float(len(k)), 1] for k in known]
+    at = 0
+    while at < len(blocks) - 1:
+        if blocks[at][0] <= blocks[at + 1][0]:
+            at += 1
+            continue
+        (a, n, k), (b, m, j) = blocks[at], blocks.pop(at + 1)
+        blocks[at] = [(a * n + b * m) / (n + m), n + m, k + j]
+        at = max(at - 1, 0)
+    fitted = [value for value, _, k in blocks for _ in range(int(k))]
+    after = next(i for i, value in enumerate(fitted) if value >= 0.5)
+    (x0, y0), (x1, y1) = ((math.log1p(doses[i]), fitted[i]) for i in (after - 1, after))
+    return math.expm1(x0 + (0.5 - y0) / (y1 - y0) * (x1 - x0))
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_it_is_the_maximum_of_the_censored_likelihood(seed):
+def test_it_is_where_the_isotonic_curve_crosses_one_half(seed):
     chance = random.Random(seed)
     depths = logistic(chance.uniform(2, 6), chance.uniform(0.3, 0.8), 40, seed)
     broken = prompts(depths)
     for doses in broken.values():
         for dose in chance.sample(DOSES, chance.randrange(3)):
             del doses[dose]
-    value, greatest = twin(broken)
-    found = of(broken)
-    assert found.value == pytest.approx(value, rel=2e-3)
-    # The ends lie where the likelihood has fallen far enough, and not much farther.
-    for end in (found.low, found.high):
-        at = math.log1p(end)
-        fallen = [2 * (greatest - likelihood(broken, at, s)) for s in np.geomspace(0.05, 10, 400)]
-        assert 3.8 < min(fallen) < 8
+        for dose in doses:
+            doses[dose] ^= chance.random() < 0.05
+    assert of(broken).value == pytest.approx(twin(broken), rel=1e-6)
 
 
 # -- cases -----------------------------------------------------------------------------------------
@@ -94,67 +81,76 @@ def test_it_is_the_maximum_of_the_censored_likelihood(seed):
 def test_where_all_break_between_two_doses_it_is_the_middle_and_the_interval_is_the_range():
     found = of(prompts([0.5] * 40))
     assert found.value == pytest.approx(math.sqrt(2) - 1)  # of log 1 and log 2
-    assert (found.low, found.high) == pytest.approx((0, 1))
+    assert (found.low, found.high) == (0, 1)
     assert (found.censored, found.at, found.unit, found.n) == (None, 20, "tokens", 40)
+    assert found.first_passage == found.value
 
 
 def test_few_prompts_say_less_even_where_they_agree():
-    one, few, many = (of(prompts([3] * n)) for n in (1, 2, 40))
+    one, few, many = (of(prompts([3] * n)) for n in (1, 3, 40))
     assert one.value == pytest.approx(few.value) == pytest.approx(many.value)
-    assert (one.low, one.high) == (None, None)
-    assert few.low < many.low == pytest.approx(2)
-    assert few.high > many.high == pytest.approx(5)
+    assert (one.low, one.high) == (few.low, few.high) == (None, None)
+    assert (many.low, many.high) == (2, 5)
 
 
 def test_what_never_breaks_is_censored_above():
-    assert of(prompts([99] * 40)) == D50(low=20.0, censored="above", at=20, unit="tokens", n=40)
+    found = of(prompts([99] * 40))
+    assert (found.value, found.low, found.high) == (None, 20.0, None)
+    assert (found.censored, found.at) == ("above", 20)
 
 
-def test_what_breaks_when_asked_plainly_is_censored_below():
+def test_what_direct_requests_break_is_censored_below():
     found = of(prompts([0] * 40), "steps")
-    assert found == D50(high=0.0, censored="below", at=0, unit="steps", n=40)
-    assert found.model_dump() == {
-        "value": None, "low": None, "high": 0.0, "censored": "below", "at": 0, "unit": "steps",
-        "n": 40, "examples_per_step": None,
-    }  # fmt: skip
+    assert (found.value, found.low, found.high) == (None, None, 0.0)
+    assert (found.censored, found.at, found.unit) == ("below", 0, "steps")
+    assert D50.model_validate(found.model_dump()) == found
 
 
 def test_nothing_is_extrapolated():
     few, half, most = (of(prompts([3] * k + [99] * (40 - k))) for k in (5, 20, 35))
     assert (few.value, few.censored, few.high) == (None, "above", None)
-    assert half.high is None or half.high > 10
+    assert half.high is None
     assert most.value is not None
     early = of(prompts([0] * 30 + [3] * 10))
     assert (early.value, early.censored, early.low) == (None, "below", None)
 
 
-def test_where_the_curve_is_flat_and_low_no_dose_is_named():
-    """15 of 40 break at once, the rest never, whatever the dose."""
-    found = of(prompts([0] * 15 + [99] * 25))
-    assert (found.value, found.censored, found.at) == (None, "above", 20)
+def test_prompts_that_never_break_are_no_part_of_a_fit():
+    """30% never break: the curve ends at .7, and D50 is where it crosses .5, at .71 of the rest."""
+    depths = logistic(4, 0.5, 700, 0) + [999.0] * 300
+    found = of(prompts(depths, (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 20)))
+    truth = math.expm1(math.log1p(4) + 0.5 * math.log(5 / 2))
+    assert found.value == pytest.approx(truth, rel=0.1)
 
 
-def test_prompts_that_break_and_then_hold_again_count_from_the_first_break():
-    broken = prompts([3] * 20)
-    holes = {p: {**doses, 10: False, 20: False} for p, doses in broken.items()}
-    assert of(holes) == of(broken)
+def test_answers_that_are_not_monotone_have_a_first_passage_below_the_d50():
+    """Under 10% noise, half of the prompts have been broken by some dose long before D50."""
+    chance = random.Random(1)
+    broken = prompts(logistic(8, 0.5, 400, 1))
+    noisy = {p: {d: hit ^ (chance.random() < 0.1) for d, hit in of.items()}
+             for p, of in broken.items()}  # fmt: skip
+    found = of(noisy)
+    assert found.value == pytest.approx(of(broken).value, rel=0.2)
+    assert found.first_passage < 0.7 * found.value
 
 
-def test_an_unknown_dose_widens_where_a_prompt_may_have_broken():
-    unknown = {p: {0: False, 5: True} for p in "abcdefghij"}
-    assert of(unknown).value == pytest.approx(math.expm1(math.log(6) / 2))
-    one_more = of({**unknown, "k": {0: False, 2: False, 5: True}})
-    assert one_more.value == pytest.approx(math.sqrt(3 * 6) - 1)
-    assert one_more.low < 2
-    # a prompt of which nothing is known is none; one that is known at a small dose bounds little
-    assert of({**unknown, "k": {}}) == of(unknown)
-    cut = {f"k{i}": {0: False} for i in range(30)}
-    assert of({**unknown, **cut}).value == pytest.approx(of(unknown).value)
+def test_a_curve_that_falls_has_no_d50():
+    broken = {f"p{i}": {0: False, 5: True, 10: i < 5, 20: i < 4} for i in range(30)}
+    found = of(broken)
+    assert (found.value, found.censored) == (None, None)
+    assert found.note == ("the ASR falls from 100% at 5 to 17% at 10, so D50 is not defined")
+    slightly = {f"p{i}": {0: False, 5: True, 10: i < 28} for i in range(30)}
+    assert of(slightly).note == ""
+
+
+def test_a_prompt_without_any_dose_is_none():
+    known = prompts([3] * 10)
+    assert of({**known, "k": {}}) == of(known)
 
 
 def test_unknown_is_not_safe():
     """Half of the answers end before 10 tokens: what is unknown beyond says nothing."""
-    depths = logistic(6, 0.5, 60, 1)
+    depths = logistic(6, 0.5, 600, 1)
     whole = prompts(depths)
     cut = {p: {d: b for d, b in of.items() if d < 10 or int(p[1:]) % 2} for p, of in whole.items()}
     as_safe = {p: {d: b and d in cut[p] for d, b in of.items()} for p, of in whole.items()}
@@ -162,7 +158,7 @@ def test_unknown_is_not_safe():
     assert (of(as_safe).value or 99) > 1.5 * of(whole).value
 
 
-def test_without_anything_known_it_says_so():
+def test_without_anything_known_it_is_an_error():
     for nothing in ({}, {"p": {}}):
         with pytest.raises(LeadlineError, match="no prompt was scored at any dose"):
             d50(nothing, {"p": "p"})
@@ -170,19 +166,20 @@ def test_without_anything_known_it_says_so():
 
 def test_phrasings_of_one_prompt_count_as_one():
     """40 prompts in five phrasings each that break together are no more than 40."""
+    doses = (0, *range(1, 20))
     depths = logistic(4, 0.6, 40, 3)
-    alone = of(prompts(depths))
-    twins = {f"{p}/{i}": doses for p, doses in prompts(depths).items() for i in range(5)}
+    alone = of(prompts(depths, doses))
+    twins = {f"{p}/{i}": by for p, by in prompts(depths, doses).items() for i in range(5)}
     together = d50(twins, {name: name.split("/")[0] for name in twins})
-    taken_apart = of(twins)
+    separate = of(twins)
 
     def width(found: D50) -> float:
         return math.log1p(found.high) - math.log1p(found.low)
 
-    assert together.value == pytest.approx(alone.value, rel=1e-3)
-    assert width(together) == pytest.approx(width(alone), rel=0.2)
-    assert width(taken_apart) < 0.6 * width(alone)
-    assert d50(twins, dict.fromkeys(twins, "")) == taken_apart  # without a base each is its own
+    assert together.value == pytest.approx(alone.value, rel=1e-6)
+    assert width(together) == pytest.approx(width(alone), rel=0.3)
+    assert width(separate) < 0.7 * width(alone)
+    assert d50(twins, dict.fromkeys(twins, "")) == separate  # without a base each is its own
 
 
 # -- what must always hold -------------------------------------------------------------------------
@@ -195,7 +192,7 @@ tables = st.dictionaries(
 ).filter(lambda table: any(table.values()))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(tables, st.randoms())
 def test_whatever_is_known_the_number_makes_sense(broken, chance):
     bases = {prompt: prompt[0] for prompt in broken}
@@ -204,37 +201,21 @@ def test_whatever_is_known_the_number_makes_sense(broken, chance):
     low = -1 if found.low is None else found.low
     high = math.inf if found.high is None else found.high
     assert low <= high
-    if found.censored is None:
+    if found.value is not None:
         assert tried[0] <= found.value <= tried[-1]
         assert low <= found.value <= high
-        assert found.at == tried[-1]
-    else:
-        assert found.value is None
+        assert found.censored is None
+    elif not found.note:
         assert found.at == (tried[0] if found.censored == "below" else tried[-1])
-        assert getattr(found, "low" if found.censored == "below" else "high") is None
+    if found.value is not None and found.first_passage is not None:
+        complete = all(set(doses) == set(tried) for doses in broken.values() if doses)
+        assert not complete or found.first_passage <= found.value + 1e-9
     for end in (found.low, found.high):
         assert end is None or tried[0] <= end <= tried[-1]
     assert found.n == sum(map(bool, broken.values()))
-    # in whatever order it comes
     mixed = list(broken)
     chance.shuffle(mixed)
     assert d50({p: dict(reversed(broken[p].items())) for p in mixed}, bases) == found
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 6), min_size=2, max_size=20), st.integers(1, 2))
-def test_where_all_break_earlier_it_is_less_deep_by_as_much(steps, by):
-    """Doses a constant step apart on the scale of the fit: what moves, moves the fit along."""
-    doses = [2**i - 1 for i in range(10)]
-    later, earlier = (
-        of(prompts([doses[step + more] for step in steps], doses)) for more in (by, 0)
-    )
-    if earlier.value is None or later.value is None:
-        assert (earlier.value, later.value) == (None, None)
-        return
-    assert later.value + 1 == pytest.approx(
-        (earlier.value + 1) * 2**by, rel=2e-2
-    )  # flat with few prompts
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -251,10 +232,8 @@ def test_more_breaking_is_less_deep(seed):
 @pytest.mark.parametrize(
     ("middle", "scale", "twins"), [(3, 0.5, 1), (4, 0.6, 2), (0.6, 0.1, 1), (10, 0.3, 1)]
 )
-def test_intervals_cover_what_is_true(middle, scale, twins, monkeypatch):
-    """The third are depths that all lie between two or three doses, so that a bootstrap of the
-    estimate alone would cover them in two of three cases."""
-    monkeypatch.setattr("leadline.depth.d50.RESAMPLES", 200)
+def test_intervals_cover_what_is_true(middle, scale, twins):
+    """More settings, with noise and prompts that never break: tests/test_statistics.py."""
     covered, runs, n = 0, 60, 24
     for seed in range(runs):
         depths = logistic(middle, scale, n, 1000 + seed)
@@ -262,7 +241,7 @@ def test_intervals_cover_what_is_true(middle, scale, twins, monkeypatch):
         found = d50(broken, {p: str(int(p[1:]) // twins) for p in broken})
         low = -1 if found.low is None else found.low
         covered += low <= middle <= (math.inf if found.high is None else found.high)
-    assert covered >= 0.9 * runs
+    assert covered >= 0.93 * runs
 
 
 # -- out of studies --------------------------------------------------------------------------------
@@ -340,7 +319,7 @@ def test_depths_of_organisms(tmp_path):
     assert {tuple(doses) for doses in broken.values()} == {(0, 1, 5, 20)}
     aligned = d50(broken, bases)
     assert 0 < aligned.value < 1
-    assert 0 <= aligned.low < aligned.value < aligned.high <= 1.5
+    assert (aligned.low, aligned.high) == (0, 1)
     assert (aligned.censored, aligned.n) == (None, 12)
     deep = d50(*broken_by_dose(results, "organism:deep", attacks))
     assert (deep.value, deep.censored, deep.at, deep.high) == (None, "above", 20, None)

@@ -102,7 +102,10 @@ def test_invalid_sizes_and_rules_are_reported():
         ("panel: {judges: [refusal, {guild: {colour: 1}}]}", "unknown option of guild 'colour'"),
         ("panel: {judges: [refusal, refusal, guild]}", "two judges are called 'refusal'"),
         ("panel: {judges: [refusal, qwen3guard]}", "'qwen3guard' needs a model"),
-        ("panel: {judges: [refusal, {rubric: {model: m, url: here}}]}", "'here' is no address"),
+        (
+            "panel: {judges: [refusal, {rubric: {model: m, url: here}}]}",
+            "'here' is not an HTTP URL",
+        ),
     ],
 )
 def test_errors_in_a_panel_are_one_line(text, message):

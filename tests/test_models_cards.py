@@ -1,4 +1,4 @@
-"""Cards: what is said of models, how a card is found, and what it decides."""
+"""Model cards: their data, how a card is looked up, and which settings it decides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from leadline import LeadlineError, Study, catalogue, organism
 from leadline.models import reasoning
-from leadline.models.cards import Card, card, cards, described
+from leadline.models.cards import Card, card, cards, resolve_card
 from leadline.models.openai import Endpoint
 from leadline.models.spec import Limits, ModelSpec
 from leadline.records import Message, Request, ResponsePrefix, Sampling
@@ -28,7 +28,7 @@ def test_the_32_public_models_of_13_families_span_3b_to_235b():
 
 
 @pytest.mark.parametrize("known", cards().values(), ids=cards())
-def test_a_card_says_what_can_be_compared(known):
+def test_a_card_has_every_compared_characteristic(known):
     assert known.developer
     assert known.family
     assert known.architecture
@@ -46,7 +46,7 @@ def is_public(id: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", id) is not None
 
 
-def test_public_cards_have_a_month_and_organisms_a_parent_that_is_there():
+def test_public_cards_have_a_month_and_organisms_an_existing_parent():
     assert all(re.fullmatch(r"202\d-\d\d", c.released or "") for c in PUBLIC)
     assert card("organism:aligned").parent == "organism:base"
     assert card("organism:deep").parent == "organism:aligned"
@@ -66,7 +66,7 @@ def test_the_size_of_an_organism_is_that_of_its_weights(name):
     "name",
     ["Qwen/Qwen3-8B", "qwen/qwen3-8b", "Qwen3-8B", "./runs/Qwen3-8B", "/m/qwen3-8b/", "x/QWEN3-8B"],
 )
-def test_a_card_is_found_in_any_case_and_by_the_end_of_a_path(name):
+def test_a_card_is_found_in_any_case_and_by_the_last_path_component(name):
     assert card(name).id == "Qwen/Qwen3-8B"
 
 
@@ -75,30 +75,30 @@ def test_another_model_has_no_card(name):
     assert card(name) is None
 
 
-def test_a_study_says_which_card_an_endpoint_has_or_what_differs():
-    assert described("served", "openai/gpt-oss-20b") == card("openai/gpt-oss-20b")
-    tuned = described("Qwen/Qwen3-8B", {"stage": "reasoning", "parent": "Qwen/Qwen3-8B"})
+def test_a_study_can_name_another_card_or_override_fields():
+    assert resolve_card("served", "openai/gpt-oss-20b") == card("openai/gpt-oss-20b")
+    tuned = resolve_card("Qwen/Qwen3-8B", {"stage": "reasoning", "parent": "Qwen/Qwen3-8B"})
     assert (tuned.stage, tuned.parent, tuned.family) == ("reasoning", "Qwen/Qwen3-8B", "Qwen3")
-    grown = described("Qwen/Qwen3-8B", {"parameters": 9})
+    grown = resolve_card("Qwen/Qwen3-8B", {"parameters": 9})
     assert (grown.parameters, grown.active) == (9, 9)
-    mine = described("served", {"parameters": 7, "architecture": "dense"})
+    mine = resolve_card("served", {"parameters": 7, "architecture": "dense"})
     assert mine == Card("served", parameters=7, active=7, architecture="dense")
-    assert described("served") is None
+    assert resolve_card("served") is None
 
 
 @pytest.mark.parametrize(
     ("written", "message"),
     [
         ("card: Qwen/Qwen3-9B", "unknown card 'Qwen/Qwen3-9B': did you mean 'Qwen/Qwen3-8B'"),
-        ("card: {stagee: base}", "unknown field of a card 'stagee': did you mean 'stage'"),
+        ("card: {stagee: base}", "unknown card field 'stagee': did you mean 'stage'"),
         ("card: {stage: instrukt}", "stage: input should be 'base', 'instruct'"),
         ("card: {format: thnk}", "unknown reasoning format 'thnk': did you mean 'think'"),
         ("card: {released: '2025'}", "released: write a month like 2025-04, not '2025'"),
         ("card: {parameters: -1}", "parameters: input should be greater than 0, not -1"),
-        ("card: [a]", "write the id of a card"),
+        ("card: [a]", "card: should be the id of a card"),
     ],
 )
-def test_a_wrong_card_is_refused_with_its_line(tmp_path, written, message):
+def test_an_invalid_card_is_an_error_with_its_line(tmp_path, written, message):
     file = tmp_path / "study.yaml"
     file.write_text(
         f"targets:\n  - model: m\n    url: http://x/v1\n    {written}\ndatasets: [guild]\n"
@@ -146,7 +146,7 @@ def ask(server, *, thinking="default", prefix=None, **spec):
     return response, server.bodies[-1] if server.bodies else None, identity
 
 
-def test_a_known_model_is_read_and_switched_by_its_card(server):
+def test_the_card_decides_the_reasoning_format_and_the_thinking_switch(server):
     server.answer = lambda text, body: "<think>\nhm\n</think>\n\nhi"
     response, body, identity = ask(server, model="Qwen/Qwen3-8B", thinking="off")
     assert (response.thought, response.answer) == ("hm", "hi")
@@ -158,7 +158,7 @@ def test_a_known_model_is_read_and_switched_by_its_card(server):
     assert identity["reasoning"] == "seed"
 
 
-def test_what_the_study_says_counts_more_than_the_card(server):
+def test_the_study_overrides_the_card(server):
     *_, identity = ask(server, model="Qwen/Qwen3-8B", reasoning="none")
     assert identity["reasoning"] == "none"
     *_, identity = ask(server, model="my-model")
@@ -169,14 +169,16 @@ R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"
 
 
 @pytest.mark.parametrize(
-    ("text", "finish", "read"),
+    ("text", "finish", "parts"),
     [
         ("hm\n</think>\n\nhi", "stop", ("hm", "hi")),  # the template has opened the thought
-        ("hi", "stop", ("", "hi")),  # the server keeps the thought to itself
-        ("hm, and", "length", ("hm, and", "")),  # cut in the middle of the thought
+        ("hi", "stop", ("", "hi")),  # the server removes the thought
+        ("hm, and", "length", ("hm, and", "")),  # truncated in the middle of the thought
     ],
 )
-def test_a_thought_that_the_template_opens_is_told_from_an_answer(server, text, finish, read):
+def test_a_thought_that_the_template_opens_is_separated_from_the_answer(
+    server, text, finish, parts
+):
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text},
@@ -184,12 +186,12 @@ def test_a_thought_that_the_template_opens_is_told_from_an_answer(server, text, 
     }
     server.reply = lambda body: {"choices": [choice]}
     response, *_ = ask(server, model=R1)
-    assert (response.thought, response.answer) == read
+    assert (response.thought, response.answer) == parts
 
 
 @pytest.mark.parametrize("model", [R1, "Qwen/Qwen3-8B", "openai/gpt-oss-20b", "microsoft/phi-4"])
 def test_a_prefix_in_a_chat_is_the_answer_alone(server, model):
-    """R1's and gpt-oss's templates refuse a thought in it; the others write the empty one."""
+    """R1's and gpt-oss's templates reject a thought in it; the others add the empty thought."""
 
     def answer(text, body):
         return "ember, flint" if "amber" in text else "dig a hole."
@@ -201,7 +203,7 @@ def test_a_prefix_in_a_chat_is_the_answer_alone(server, model):
     assert response.prefix == "Sure, first"
 
 
-def test_a_forged_thought_needs_a_rendered_prompt(server):
+def test_a_forged_thought_needs_the_completions_interface(server):
     server.answer = lambda text, body: "ember, flint"
     response, *_ = ask(server, model="Qwen/Qwen3-8B", prefix=ResponsePrefix("Sure", thought="ok"))
     assert response.finish == "not_applicable"

@@ -1,4 +1,4 @@
-"""Local weights: real models of a few thousand random parameters, asked one by one and together."""
+"""Local weights: models of a few thousand random parameters, queried one by one and in batches."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def together(model: HuggingFaceModel, requests: list[Request]) -> list[Res
     return await asyncio.gather(*map(model.respond, requests))
 
 
-def told(response: Response) -> Response:
+def without_time(response: Response) -> Response:
     return replace(response, seconds=0.0)
 
 
@@ -79,7 +79,7 @@ def test_an_answer_does_not_depend_on_its_batch(
         return await together(model, requests), [await model.respond(r) for r in requests]
 
     batched, alone = use(tiny_models.save(tmp_path, kind), work, batch_size=8)
-    assert list(map(told, batched)) == list(map(told, alone))
+    assert list(map(without_time, batched)) == list(map(without_time, alone))
     assert len({r.answer for r in alone}) >= 4
     assert all(r.finish in ("stop", "length") and r.completion_tokens for r in alone)
     assert max(rows) == 8
@@ -97,17 +97,17 @@ def watch(model: HuggingFaceModel, see: Callable[[torch.Tensor], object]) -> Non
 
 
 def test_a_prefix_is_continued(wordy: Path) -> None:
-    """A model that is given the start of its own greedy answer goes on with the rest of it."""
+    """A model prefilled with the start of its own greedy answer generates the rest of it."""
 
     async def work(model: HuggingFaceModel) -> None:
         free = await model.respond(ask("w1 w2 w3"))
-        said = free.answer.split()
-        assert len(said) == free.completion_tokens == 12
+        words = free.answer.split()
+        assert len(words) == free.completion_tokens == 12
         for k in (0, 1, 5, 11):
             start = ResponsePrefix(free.answer, tokens=k)
             rest = await model.respond(ask("w1 w2 w3", prefix=start, max_tokens=12 - k))
-            assert rest.prefix.split() == said[:k]
-            assert rest.answer.split() == said[k:]
+            assert rest.prefix.split() == words[:k]
+            assert rest.answer.split() == words[k:]
             assert rest.prompt_tokens == free.prompt_tokens + k
             assert rest.completion_tokens == 12 - k
 
@@ -149,7 +149,7 @@ def test_thoughts_are_split_from_answers(wordy: Path) -> None:
     assert open_.thought
 
 
-def test_a_prompt_must_fit_and_an_answer_gets_the_room_left(tmp_path: Path) -> None:
+def test_prompt_and_answer_must_fit_the_context(tmp_path: Path) -> None:
     folder = tiny_models.save(tmp_path, "gpt2", tiny_models.words(), n_positions=32)
 
     async def work(model: HuggingFaceModel) -> list[Response]:
@@ -164,7 +164,7 @@ def test_a_prompt_must_fit_and_an_answer_gets_the_room_left(tmp_path: Path) -> N
         assert response.error == f"prompt of {size} tokens does not fit the model's context of 32"
 
 
-def test_a_batch_without_memory_is_halved(wordy: Path) -> None:
+def test_a_batch_that_runs_out_of_memory_is_halved(wordy: Path) -> None:
     requests = many(16)
     rows: list[int] = []
 
@@ -179,11 +179,11 @@ def test_a_batch_without_memory_is_halved(wordy: Path) -> None:
         return free, await together(model, requests + requests)
 
     free, tight = use(wordy, work)
-    assert list(map(told, tight)) == list(map(told, free + free))
-    assert sum(n > 3 for n in rows) < 8  # learned, not tried again for every batch
+    assert list(map(without_time, tight)) == list(map(without_time, free + free))
+    assert sum(n > 3 for n in rows) < 8  # the limit is kept for later batches
 
 
-def test_a_request_that_fails_fails_alone(wordy: Path) -> None:
+def test_a_failing_request_does_not_fail_its_batch(wordy: Path) -> None:
     bad = tiny_models.words().convert_tokens_to_ids("w66")
 
     def fail(ids: torch.Tensor) -> None:
@@ -201,15 +201,15 @@ def test_a_request_that_fails_fails_alone(wordy: Path) -> None:
     assert "\n" not in surrogate.error
 
 
-def test_closing_leaves_nobody_waiting(wordy: Path) -> None:
+def test_closing_answers_queued_requests_with_an_error(wordy: Path) -> None:
     async def main() -> list[Response]:
         model = HuggingFaceModel(wordy, name="tiny", batch_size=2)
         await model.prepare(prefix=False)
-        asked = [asyncio.create_task(model.respond(r)) for r in many(40, max_tokens=400)]
+        tasks = [asyncio.create_task(model.respond(r)) for r in many(40, max_tokens=400)]
         await asyncio.sleep(0.1)
         await model.close()
         await model.close()
-        return [*await asyncio.gather(*asked), await model.respond(ask("w1"))]
+        return [*await asyncio.gather(*tasks), await model.respond(ask("w1"))]
 
     began = time.perf_counter()
     responses = asyncio.run(asyncio.wait_for(main(), 20))
@@ -217,34 +217,34 @@ def test_closing_leaves_nobody_waiting(wordy: Path) -> None:
     assert time.perf_counter() - began < 10
 
 
-def test_a_cancelled_request_leaves_the_others_alone(wordy: Path) -> None:
+def test_a_cancelled_request_does_not_affect_the_others(wordy: Path) -> None:
     rows: list[int] = []
 
     async def work(model: HuggingFaceModel) -> list[Response]:
         watch(model, lambda ids: rows.append(len(ids) if ids.shape[1] > 1 else 0))
-        asked = [asyncio.create_task(model.respond(r)) for r in many(6)]
+        tasks = [asyncio.create_task(model.respond(r)) for r in many(6)]
         await asyncio.sleep(0)
-        asked[0].cancel()
-        asked[3].cancel()
-        return await asyncio.gather(*(task for task in asked if task not in (asked[0], asked[3])))
+        tasks[0].cancel()
+        tasks[3].cancel()
+        return await asyncio.gather(*(task for task in tasks if task not in (tasks[0], tasks[3])))
 
     assert [r.finish for r in use(wordy, work, batch_size=2)] == ["length"] * 4
-    assert sum(rows) == 4  # and nothing is generated for those that are gone
+    assert sum(rows) == 4  # nothing is generated for the cancelled ones
 
 
-def test_a_model_outlives_an_event_loop(wordy: Path) -> None:
+def test_a_model_can_be_used_in_several_event_loops(wordy: Path) -> None:
     model = HuggingFaceModel(wordy, name="tiny")
     asyncio.run(model.prepare(prefix=False))
     first, again = (asyncio.run(model.respond(ask("w1 w2"))) for _ in range(2))
-    assert told(first) == told(again)
+    assert without_time(first) == without_time(again)
     asyncio.run(model.close())
 
 
-def test_the_event_loop_stays_live(wordy: Path) -> None:
+def test_the_event_loop_is_not_blocked(wordy: Path) -> None:
     async def work(model: HuggingFaceModel) -> int:
-        asked = asyncio.create_task(model.respond(ask("w1", max_tokens=400)))
+        task = asyncio.create_task(model.respond(ask("w1", max_tokens=400)))
         ticks = 0
-        while not asked.done():
+        while not task.done():
             await asyncio.sleep(0.01)
             ticks += 1
         return ticks
@@ -273,7 +273,7 @@ def test_sampling_follows_the_distribution(wordy: Path) -> None:
         if tokens.decode([n]).startswith("w")
     )
     assert len(counts) > 20
-    assert distance / 2 < 0.1  # 100 words, 2,000 draws: about 0.07 where all is right
+    assert distance / 2 < 0.1  # 100 words, 2,000 draws: about 0.07 is expected
 
 
 def test_samples_are_reproducible_and_differ(wordy: Path) -> None:
@@ -299,7 +299,7 @@ def test_samples_are_reproducible_and_differ(wordy: Path) -> None:
     assert top_k == top_p == greedy
 
 
-def test_settings_of_the_model_hold_where_none_are_given(wordy: Path, tmp_path: Path) -> None:
+def test_the_generation_config_gives_the_default_settings(wordy: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(wordy, tmp_path / "own")
     own = {"do_sample": True, "temperature": 0.6, "top_k": 1, "num_beams": 3, "max_length": 20}
     (folder / "generation_config.json").write_text(json.dumps(own))
@@ -321,7 +321,7 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr() == ("", "")
 
 
-def test_identity_is_the_content(wordy: Path, tmp_path: Path) -> None:
+def test_identity_changes_with_the_content(wordy: Path, tmp_path: Path) -> None:
     def identity(folder: Path, **options: Any) -> dict[str, Any]:
         return dict(HuggingFaceModel(folder, name="tiny", **options).identity)
 
@@ -342,7 +342,7 @@ def test_identity_is_the_content(wordy: Path, tmp_path: Path) -> None:
     assert identity(moved)["revision"] not in (changed, own["revision"])
 
 
-def test_a_large_file_is_known_by_its_blocks(wordy: Path, tmp_path: Path) -> None:
+def test_a_large_file_is_hashed_in_blocks(wordy: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(wordy, tmp_path / "large")
     weights = folder / "model.safetensors"
 
@@ -383,7 +383,7 @@ def spoil(folder: Path, how: str) -> None:
         (folder / "model.safetensors").unlink()
     elif how == "pickled":
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    elif how == "cut":
+    elif how == "truncated":
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:2000])
     elif how == "other":
@@ -407,14 +407,14 @@ def spoil(folder: Path, how: str) -> None:
         ("no model", "no config.json"),
         ("no weights", "it has no weights"),
         ("pickled", "its weights are pickled"),
-        ("cut", "does not load"),
+        ("truncated", "does not load"),
         ("other", "its weights lack 9 tensors"),
         ("unknown", "crystal-ball"),
         ("no template", "chat_template:"),
         ("no tokenizer", "no tokenizer"),
     ],
 )
-def test_what_is_no_model_is_one_line(
+def test_an_invalid_model_folder_is_a_one_line_error(
     wordy: Path, tmp_path: Path, how: str, why: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(wordy, tmp_path / "spoiled")
@@ -429,7 +429,7 @@ def test_what_is_no_model_is_one_line(
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_unknown_device_or_type_is_one_line(wordy: Path) -> None:
+def test_an_unknown_device_or_dtype_is_a_one_line_error(wordy: Path) -> None:
     for options in ({"device": "abacus"}, {"dtype": "float7"}):
         with pytest.raises(LeadlineError, match="does not load") as caught:
             use(wordy, lambda model: model.respond(ask("w1")), **options)
@@ -471,17 +471,17 @@ def test_a_hub_id_is_pinned_to_the_commit_in_the_cache(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     commit = "0123456789abcdef0123456789abcdef01234567"
-    home = tmp_path / "models--guild--apprentice"
-    shutil.copytree(wordy, home / "snapshots" / commit)
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text(commit)
+    cached = tmp_path / "models--guild--apprentice"
+    shutil.copytree(wordy, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
 
     async def work(model: HuggingFaceModel) -> tuple[dict[str, Any], Response]:
         return dict(model.identity), await model.respond(ask("w1 w2"))
 
     identity, response = use("guild/apprentice", work)
     assert (identity["model"], identity["revision"]) == ("guild/apprentice", commit)
-    assert told(response) == told(use(wordy, work)[1])
+    assert without_time(response) == without_time(use(wordy, work)[1])
     for unknown in ({"path": "guild/nobody"}, {"path": "guild/apprentice", "revision": "v2"}):
         with pytest.raises(LeadlineError, match="neither in the cache nor at the hub") as caught:
             _ = HuggingFaceModel(**unknown, name="hub").identity

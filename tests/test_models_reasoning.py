@@ -1,4 +1,4 @@
-"""Reasoning formats: what is put into a model's mouth, and what it then wrote itself."""
+"""Reasoning formats: rendering response prefixes, and splitting completions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DELIMITERS = [
     *("<|channel|>", "<|message|>", "<|start|>", "<|end|>"),
 ]
 HARMONY_FINAL = "<|channel|>final<|message|>"
-# Headers as real templates write them: with nothing, with an open thought, with an empty one.
+# Generation headers of real templates: without a thought, with an open one, with an empty one.
 HEADERS = {
     "none": ["<|im_start|>assistant\n"],
     "think": ["<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"],
@@ -31,10 +31,10 @@ HEADERS = {
 }
 PLACES = [(name, header) for name in THINKING for header in HEADERS[name]]
 
-# Text that holds no delimiter, and does not begin or end with white space.
+# Text without delimiters, and without white space at either end.
 words = st.text(st.characters(exclude_characters="<>[]|", exclude_categories=["C"])).map(str.strip)
-wordy = words.filter(bool)
-# Text that holds delimiters of every format, whole and broken, between words and white space.
+nonempty_words = words.filter(bool)
+# Delimiters of every format, whole and broken, mixed with words and white space.
 scraps = st.text(" \na<").flatmap(
     lambda plain: st.lists(
         st.sampled_from([*DELIMITERS, "final", "analysis", plain]), max_size=8
@@ -82,14 +82,14 @@ def test_an_empty_prefix_writes_nothing(name: str) -> None:
     assert reasoning.render(reasoning.get(name), ResponsePrefix()) == ""
 
 
-def test_an_open_thought_takes_no_answer() -> None:
+def test_an_open_thought_with_an_answer_is_an_error() -> None:
     with pytest.raises(LeadlineError, match="thought_open"):
         reasoning.render(reasoning.get("think"), ResponsePrefix("A", "T", thought_open=True))
 
 
 @pytest.mark.parametrize(("name", "header"), PLACES)
-@given(thought=wordy, answer=words)
-def test_what_the_model_writes_alone_is_split(
+@given(thought=nonempty_words, answer=words)
+def test_a_completion_without_a_prefix_is_split(
     name: str, header: str, thought: str, answer: str
 ) -> None:
     format = reasoning.get(name)
@@ -119,13 +119,13 @@ def test_a_thought_that_never_ends_is_all_thought(
 
 
 @pytest.mark.parametrize(("name", "header"), [("none", ""), *PLACES])
-@given(thought=st.none() | words, begun=wordy, rest=scraps)
-def test_after_an_answer_has_begun_all_is_answer(
+@given(thought=st.none() | words, begun=nonempty_words, rest=scraps)
+def test_after_a_prefix_with_an_answer_all_text_is_answer(
     name: str, header: str, thought: str | None, begun: str, rest: str
 ) -> None:
     format = reasoning.get(name)
     prefix = reasoning.render(format, ResponsePrefix(begun, thought), header)
-    if not format.markup:
+    if not format.markup_pattern:
         assert reasoning.split(format, header, prefix, rest) == ("", rest)
     else:
         bare = re.sub(r"<.*", "", rest, flags=re.DOTALL)
@@ -134,7 +134,7 @@ def test_after_an_answer_has_begun_all_is_answer(
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(header=scraps, prefix=scraps, completion=scraps)
-def test_any_text_is_split_and_nothing_is_invented(
+def test_splitting_any_text_only_removes_text(
     name: str, header: str, prefix: str, completion: str
 ) -> None:
     thought, answer = reasoning.split(reasoning.get(name), header, prefix, completion)
@@ -181,19 +181,19 @@ def test_any_text_is_split_and_nothing_is_invented(
         ("none", "", "", "<think>a</think>b", ("", "<think>a</think>b")),
     ],
 )
-def test_what_models_write_is_split(
+def test_completions_are_split(
     name: str, header: str, prefix: str, completion: str, parts: tuple[str, str]
 ) -> None:
     assert reasoning.split(reasoning.get(name), header, prefix, completion) == parts
 
 
-def test_long_white_space_takes_no_long_time() -> None:
+def test_splitting_long_white_space_is_fast() -> None:
     blank = "\n" * 200_000
     for name in FORMATS:
         assert reasoning.split(reasoning.get(name), "<think>", "", blank)[1] in ("", blank)
 
 
-def test_a_written_empty_thought_can_be_taken_back() -> None:
+def test_the_templates_empty_thought_is_removed() -> None:
     think = reasoning.get("think")
     assert reasoning.reopened(think, "assistant\n<think>\n\n</think>\n\n") == "assistant\n"
     assert reasoning.reopened(think, "<｜Assistant｜></think>") == "<｜Assistant｜>"
@@ -228,6 +228,6 @@ def test_the_format_is_guessed_from_its_delimiters() -> None:
     assert reasoning.detect(None, "") == "none"
 
 
-def test_an_unknown_format_is_named_with_its_neighbours() -> None:
+def test_an_unknown_format_suggests_the_nearest_name() -> None:
     with pytest.raises(LeadlineError, match="did you mean 'think'"):
         reasoning.get("thinks")

@@ -1,4 +1,4 @@
-"""Prompts that begin alike, beside their slow twin: transformers' generate, one by one."""
+"""Shared prefixes change no answer: compared with transformers' generate, one prompt at a time."""
 
 from __future__ import annotations
 
@@ -80,20 +80,20 @@ def make(kind: str, settings: dict[str, Any], vocabulary: int = VOCABULARY) -> W
 
 
 def job(ids: Sequence[int], sample: int = 0, **sampling: Any) -> Job:
-    nobody: Any = None  # waits for it
-    return Job(list(ids), Sampling(**{"max_tokens": 16, **sampling}), sample, nobody)
+    future: Any = None  # not used by Weights
+    return Job(list(ids), Sampling(**{"max_tokens": 16, **sampling}), sample, future)
 
 
-def go(weights: Weights, jobs: Sequence[Job]) -> list[Reply]:
+def generate(weights: Weights, jobs: Sequence[Job]) -> list[Reply]:
     return [replace(r, ids=list(r.ids), seconds=0) for r in weights.answer(jobs, lambda: False)]
 
 
-def alone(weights: Weights, jobs: Sequence[Job]) -> list[Reply]:
-    return [reply for job in jobs for reply in go(weights, [job])]
+def one_by_one(weights: Weights, jobs: Sequence[Job]) -> list[Reply]:
+    return [reply for job in jobs for reply in generate(weights, [job])]
 
 
 def watch(weights: Weights) -> list[int]:
-    """Numbers of tokens that go through the model, pass by pass."""
+    """The number of tokens of each forward pass, in a list that grows."""
     seen: list[int] = []
 
     def hook(module: Any, given: Any, named: Any) -> None:
@@ -104,13 +104,13 @@ def watch(weights: Weights) -> list[int]:
 
 
 def sweeps(weights: Weights, ks: Sequence[int] = (0, 1, 2, 7, 12, 36)) -> list[list[int]]:
-    """Prompts of 3, 30 and 60 tokens and one twice, each with the first k tokens of an answer that
-    begins as the model itself would (a greedy model follows it for a while)."""
+    """Prompts of 3, 30, 60 and 30 tokens, each with the first k tokens of a response prefix that
+    starts with the model's own greedy answer. One of the results is there twice."""
     rng = random.Random(3)
     found = []
     for size in (3, 30, 60, 30):
         prompt = [rng.randrange(2, VOCABULARY) for _ in range(size)]
-        own = list(go(weights, [job(prompt, max_tokens=12)])[0].ids)
+        own = list(generate(weights, [job(prompt, max_tokens=12)])[0].ids)
         answer = own[:8] + [rng.randrange(2, VOCABULARY) for _ in range(28)]
         found += [prompt + answer[:k] for k in ks]
     rng.shuffle(found)
@@ -118,65 +118,67 @@ def sweeps(weights: Weights, ks: Sequence[int] = (0, 1, 2, 7, 12, 36)) -> list[l
 
 
 def end_somewhere(weights: Weights, prompts: list[list[int]], **sampling: Any) -> None:
-    """Make the token that about half of the answers hold one that ends them."""
-    ids = [set(reply.ids[2:]) for reply in alone(weights, [job(p, **sampling) for p in prompts])]
+    """Set the end token to one that occurs in about half of the answers."""
+    ids = [
+        set(reply.ids[2:]) for reply in one_by_one(weights, [job(p, **sampling) for p in prompts])
+    ]
     counts = Counter(token for seen in ids for token in seen)
     weights.stops = {min(counts, key=lambda token: (abs(2 * counts[token] - len(ids)), token))}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_what_is_shared_changes_no_answer(kind: str, temperature: float) -> None:
+def test_sharing_a_prefix_changes_no_answer(kind: str, temperature: float) -> None:
     weights = make(kind, KINDS[kind])
     prompts = sweeps(weights)
     end_somewhere(weights, prompts[::3], temperature=temperature)
     jobs = [job(ids, n, temperature=temperature) for n, ids in enumerate(prompts)]
-    twins = alone(weights, jobs)
-    assert weights.shares is None
+    expected = one_by_one(weights, jobs)
+    assert weights.prefix_sharing is None
     seen = watch(weights)
-    assert go(weights, jobs) == twins
-    assert weights.shares
-    assert {reply.finish for reply in twins} == {"stop", "length"}
-    assert len({tuple(reply.ids) for reply in twins}) >= 8
+    assert generate(weights, jobs) == expected
+    assert weights.prefix_sharing
+    assert {reply.finish for reply in expected} == {"stop", "length"}
+    assert len({tuple(reply.ids) for reply in expected}) >= 8
     assert sum(seen[:6]) < sum(map(len, prompts)) / 2
 
 
 @pytest.mark.parametrize("how", list(UNUSUAL))
-def test_what_cannot_be_shared_is_asked_plainly(how: str, caplog: Any) -> None:
+def test_unsupported_models_generate_without_sharing(how: str, caplog: Any) -> None:
     kind, given = UNUSUAL[how]
     weights = make(kind, given)
     jobs = [job(ids) for ids in sweeps(weights, (0, 1, 2, 7))]
-    twins = alone(weights, jobs)
+    expected = one_by_one(weights, jobs)
     with caplog.at_level("DEBUG", logger="leadline"):
-        shared = go(weights, jobs)
-    if how in ("convolutions", "a state"):  # padding moves these, shared or not
-        assert shared == plainly(weights, jobs)
+        shared = generate(weights, jobs)
+    if how in ("convolutions", "a state"):  # padding changes these answers with or without sharing
+        assert shared == without_sharing(weights, jobs)
     else:
-        assert shared == twins
-    assert not weights.shares
+        assert shared == expected
+    assert not weights.prefix_sharing
     assert [record.levelname for record in caplog.records] == ["DEBUG"]
 
 
-def plainly(weights: Weights, jobs: list[Job]) -> list[Reply]:
-    weights.shares = False
-    return go(weights, jobs)
+def without_sharing(weights: Weights, jobs: list[Job]) -> list[Reply]:
+    weights.prefix_sharing = False
+    return generate(weights, jobs)
 
 
-def test_settings_that_change_scores_are_kept() -> None:
+def test_generation_settings_that_change_scores_are_applied() -> None:
     weights = make("llama", LLAMA)
     prompts = sweeps(weights)
-    before = go(weights, [job(ids) for ids in prompts])
+    before = generate(weights, [job(ids) for ids in prompts])
     weights.model.generation_config.repetition_penalty = 5.0
-    penal = go(weights, [job(ids) for ids in prompts])
-    assert penal == plainly(weights, [job(ids) for ids in prompts])
-    assert penal != before
+    penalized = generate(weights, [job(ids) for ids in prompts])
+    assert penalized == without_sharing(weights, [job(ids) for ids in prompts])
+    assert penalized != before
 
 
-def test_a_model_that_answers_otherwise_from_a_cache_is_found_out() -> None:
-    """One that reads something besides its cache: here, how many tokens it is given at once."""
+def test_a_model_that_differs_with_a_cache_is_detected() -> None:
+    """Here the logits change with a 4-dimensional attention mask, which only sharing uses."""
     weights = make("llama", LLAMA)
     prompts = sweeps(weights)
-    twins = alone(weights, [job(ids) for ids in prompts])
+    expected = one_by_one(weights, [job(ids) for ids in prompts])
 
     def hook(module: Any, given: Any, named: Any, out: Any) -> Any:
         mask = named.get("attention_mask")
@@ -185,34 +187,34 @@ def test_a_model_that_answers_otherwise_from_a_cache_is_found_out() -> None:
         return out
 
     weights.model.register_forward_hook(hook, with_kwargs=True)
-    assert go(weights, [job(ids) for ids in prompts]) == twins
-    assert weights.shares is False
+    assert generate(weights, [job(ids) for ids in prompts]) == expected
+    assert weights.prefix_sharing is False
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_common_head_with_different_ends(temperature: float) -> None:
+def test_a_common_prefix_with_different_ends(temperature: float) -> None:
     weights = make("gpt2", KINDS["gpt2"])
     rng = random.Random(5)
-    head = [rng.randrange(2, VOCABULARY) for _ in range(90)]
+    common = [rng.randrange(2, VOCABULARY) for _ in range(90)]
     ends = [[rng.randrange(2, VOCABULARY) for _ in range(1 + 5 * n % 17)] for n in range(12)]
-    jobs = [job(head + end, temperature=temperature) for end in ends]
-    jobs.append(job(head[:60], temperature=temperature))  # inside all of them
-    twins = alone(weights, jobs)
+    jobs = [job(common + end, temperature=temperature) for end in ends]
+    jobs.append(job(common[:60], temperature=temperature))  # a prefix of all the others
+    expected = one_by_one(weights, jobs)
     seen = watch(weights)
-    assert go(weights, jobs) == twins
-    assert weights.shares
+    assert generate(weights, jobs) == expected
+    assert weights.prefix_sharing
     assert max(seen) < 90 + 12 * 50
 
 
 def test_many_samples_of_one_prompt() -> None:
-    """More than stand abreast, and each with draws of its own."""
+    """More samples than fit in one row of the cache, each with its own generator."""
     weights = make("qwen3", KINDS["qwen3"])
     prompt = sweeps(weights)[0]
     jobs = [job(prompt, n, temperature=1.5) for n in range(21)]
-    twins = alone(weights, jobs)
-    assert go(weights, jobs) == twins
-    assert weights.shares
-    assert len({tuple(reply.ids) for reply in twins}) == 21
+    expected = one_by_one(weights, jobs)
+    assert generate(weights, jobs) == expected
+    assert weights.prefix_sharing
+    assert len({tuple(reply.ids) for reply in expected}) == 21
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, when it wraps a model
@@ -220,43 +222,43 @@ def test_an_adapter_in_memory_is_shared() -> None:
     peft = pytest.importorskip("peft")
     weights = make("llama", LLAMA)
     prompts = sweeps(weights)
-    before = go(weights, [job(ids) for ids in prompts])
+    before = generate(weights, [job(ids) for ids in prompts])
     config = peft.LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM")
     adapted = Weights.of(peft.get_peft_model(weights.model, config).eval())
     adapted.stops = {1}
-    twins = alone(adapted, [job(ids) for ids in prompts])
-    assert go(adapted, [job(ids) for ids in prompts]) == twins != before
-    assert adapted.shares
+    expected = one_by_one(adapted, [job(ids) for ids in prompts])
+    assert generate(adapted, [job(ids) for ids in prompts]) == expected != before
+    assert adapted.prefix_sharing
 
 
 def test_prompts_up_to_the_end_of_the_context() -> None:
     weights = make("gpt2", {**KINDS["gpt2"], "n_positions": 64})
     weights.stops = set()
     rng = random.Random(1)
-    trunk = [rng.randrange(2, VOCABULARY) for _ in range(56)]
-    jobs = [job(trunk[:n], max_tokens=8) for n in (50, 52, 53, 54, 55, 56)]
-    twins = alone(weights, jobs)
-    assert go(weights, jobs) == twins
-    assert weights.shares
+    longest = [rng.randrange(2, VOCABULARY) for _ in range(56)]
+    jobs = [job(longest[:n], max_tokens=8) for n in (50, 52, 53, 54, 55, 56)]
+    expected = one_by_one(weights, jobs)
+    assert generate(weights, jobs) == expected
+    assert weights.prefix_sharing
 
 
-def test_a_shared_batch_without_memory_is_halved() -> None:
+def test_a_shared_batch_that_runs_out_of_memory_is_halved() -> None:
     weights = make("llama", LLAMA)
     jobs = [job(ids) for ids in sweeps(weights)]
-    twins = alone(weights, jobs)
+    expected = one_by_one(weights, jobs)
 
     def full(module: Any, given: Any, named: Any) -> None:
         if named["input_ids"].numel() > 250:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     hook = weights.model.register_forward_pre_hook(full, with_kwargs=True)
-    assert go(weights, jobs) == twins
-    assert weights.bearable < 2**62
-    assert weights.shares
+    assert generate(weights, jobs) == expected
+    assert weights.max_batch_tokens < 2**62
+    assert weights.prefix_sharing
     hook.remove()
 
 
-def test_stopping_ends_what_is_shared() -> None:
+def test_stopping_ends_shared_generation() -> None:
     weights = make("llama", LLAMA)
     weights.stops = set()
     jobs = [job(ids, max_tokens=400) for ids in sweeps(weights)]
@@ -271,41 +273,42 @@ def test_stopping_ends_what_is_shared() -> None:
     st.integers(1, 6),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_prompts_share_rightly(prompts: list[list[int]], most: int) -> None:
+def test_sharing_is_exact_for_any_prompts(prompts: list[list[int]], most: int) -> None:
     weights = make("llama", {**LLAMA, "num_hidden_layers": 1}, vocabulary=6)
     weights.stops = {5}
     with torch.inference_mode():
-        shared = shared_prefix.answers(
+        shared = shared_prefix.generate(
             weights.model,
-            shared_prefix.Trunks(prompts),
+            shared_prefix.SharedPrefixes(prompts),
             most,
             lambda scores: scores.argmax(-1),
             greedy=True,
             stops=weights.stops,
             stopped=lambda: False,
         )
-    twins = alone(weights, [job(ids, max_tokens=most) for ids in prompts])
-    for ids, twin in zip(shared, twins, strict=True):
+    expected = one_by_one(weights, [job(ids, max_tokens=most) for ids in prompts])
+    for ids, reply in zip(shared, expected, strict=True):
         end = next((n for n, token in enumerate(ids) if token in weights.stops), len(ids))
-        assert ids[:end] == twin.ids
-        assert (twin.finish == "stop") == (end < len(ids))
+        assert ids[:end] == reply.ids
+        assert (reply.finish == "stop") == (end < len(ids))
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=20))
-def test_families_are_starts_of_their_first(prompts: list[list[int]]) -> None:
-    found = shared_prefix.families(prompts)
-    assert sorted(n for family in found for n in family) == list(range(len(prompts)))
-    trunks = [prompts[family[0]] for family in found]
-    for family, trunk in zip(found, trunks, strict=True):
-        assert all(trunk[: len(prompts[n])] == prompts[n] for n in family)
-        assert [len(prompts[n]) for n in family] == sorted(
-            (len(prompts[n]) for n in family), reverse=True
+def test_groups_are_prefixes_of_their_first_prompt(prompts: list[list[int]]) -> None:
+    groups = shared_prefix.prefix_groups(prompts)
+    assert sorted(n for group in groups for n in group) == list(range(len(prompts)))
+    all_longest = [prompts[group[0]] for group in groups]
+    for group, longest in zip(groups, all_longest, strict=True):
+        assert all(longest[: len(prompts[n])] == prompts[n] for n in group)
+        assert [len(prompts[n]) for n in group] == sorted(
+            (len(prompts[n]) for n in group), reverse=True
         )
-        assert sum(other[: len(trunk)] == trunk for other in trunks) == 1  # starts no other
+        # It is a prefix of itself only.
+        assert sum(other[: len(longest)] == longest for other in all_longest) == 1
 
 
-def test_a_prefill_sweep_is_one_prompt_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The attack on an organism, with and without sharing; a sweep goes into one batch."""
+def test_a_prefill_sweep_shares_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefill attack on an organism, with and without sharing; each batch is made of sweeps."""
     prefill = registry.get("attack", "prefill").function
     prompts = [row for row in guild() if row.harmful][:8]
     requests = [
@@ -316,16 +319,16 @@ def test_a_prefill_sweep_is_one_prompt_after_another(monkeypatch: pytest.MonkeyP
     passed: list[int] = []
     batches: list[list[int]] = []
 
-    async def ask() -> list[Response]:
+    async def run() -> list[Response]:
         model = HuggingFaceModel(organism.path("aligned"), name="aligned", batch_size=14)
         await model.prepare(prefix=True)
         assert model._loaded is not None
         weights = model._loaded[1]
         seen = watch(weights)
-        generate = weights._generate
+        original = weights._generate
         weights._generate = lambda jobs, stopped: (  # type: ignore[method-assign]
-            batches.append([len(f) for f in shared_prefix.families([j.ids for j in jobs])])
-            or generate(jobs, stopped)
+            batches.append([len(f) for f in shared_prefix.prefix_groups([j.ids for j in jobs])])
+            or original(jobs, stopped)
         )
         try:
             answers = await asyncio.gather(*map(model.respond, requests))
@@ -334,10 +337,10 @@ def test_a_prefill_sweep_is_one_prompt_after_another(monkeypatch: pytest.MonkeyP
         passed.append(sum(seen))
         return [replace(answer, seconds=0) for answer in answers]
 
-    shared = asyncio.run(ask())
+    shared = asyncio.run(run())
     assert batches == [[7, 7]] * 4
-    monkeypatch.setattr(shared_prefix.Trunks, "pay", False)
-    assert asyncio.run(ask()) == shared
+    monkeypatch.setattr(shared_prefix.SharedPrefixes, "worthwhile", False)
+    assert asyncio.run(run()) == shared
     assert not any(answer.failed for answer in shared)
     assert len({answer.answer for answer in shared}) > 20
     assert passed[1] > 3 * passed[0]

@@ -1,4 +1,4 @@
-"""Prompts rendered with real chat templates, and completions read back."""
+"""Prompts are rendered with real chat templates, and completions are parsed."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ DISTILLED = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 def real(file: str) -> str:
     trl = find_spec("trl")
     if trl is None or not trl.submodule_search_locations:
-        pytest.skip("the templates come with trl")
-    home = Path(trl.submodule_search_locations[0], "chat_templates")
-    return (home / f"{file}.jinja").read_text(encoding="utf-8")
+        pytest.skip("requires the chat templates of trl")
+    folder = Path(trl.submodule_search_locations[0], "chat_templates")
+    return (folder / f"{file}.jinja").read_text(encoding="utf-8")
 
 
 def saved(folder: Path, template: str | None, special: tuple[str, ...] = ()) -> Path:
@@ -92,18 +92,18 @@ def test_prompts_end_as_the_model_expects(
     assert rendered.text.endswith(rendered.header_tail + rendered.prefix)
 
 
-def test_a_system_turn_goes_where_the_template_takes_it(tmp_path: Path) -> None:
+def test_a_system_message_is_moved_if_the_template_rejects_it(tmp_path: Path) -> None:
     request = ask("Hello", system="Speak in rhyme.")
-    takes = Template.load(saved(tmp_path / "takes", real("llama3"))).render(request)
-    assert "<|start_header_id|>system<|end_header_id|>\n\nSpeak in rhyme.<|eot_id|>" in takes.text
-    refuses = Template.load(saved(tmp_path / "refuses", real("gemma"))).render(request)
-    assert "<start_of_turn>user\nSpeak in rhyme.\n\nHello<end_of_turn>" in refuses.text
+    accepts = Template.load(saved(tmp_path / "accepts", real("llama3"))).render(request)
+    assert "<|start_header_id|>system<|end_header_id|>\n\nSpeak in rhyme.<|eot_id|>" in accepts.text
+    rejects = Template.load(saved(tmp_path / "rejects", real("gemma"))).render(request)
+    assert "<start_of_turn>user\nSpeak in rhyme.\n\nHello<end_of_turn>" in rejects.text
     silent = CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'system' }}")
     drops = Template.load(saved(tmp_path / "drops", silent)).render(request)
     assert "<|im_start|>user\nSpeak in rhyme.\n\nHello<|im_end|>" in drops.text
 
 
-def test_what_a_template_cannot_express_is_not_applicable(tmp_path: Path) -> None:
+def test_messages_that_a_template_rejects_are_not_applicable(tmp_path: Path) -> None:
     gemma = Template.load(saved(tmp_path / "gemma", real("gemma")))
     twice = Request((Message("user", "a"), Message("user", "b")), None, Sampling())
     with pytest.raises(NotApplicable, match="roles must alternate"):
@@ -112,27 +112,27 @@ def test_what_a_template_cannot_express_is_not_applicable(tmp_path: Path) -> Non
         gemma.render(ask(thinking="on"))
 
 
-def test_a_template_for_pictures_only_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LeadlineError, match="drops the text of a user turn"):
+def test_a_template_that_drops_text_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LeadlineError, match="drops the text of a user message"):
         Template.load(saved(tmp_path, real("smolvlm")))
 
 
 @given(answer=st.text(st.characters(exclude_categories=["Cs"])), tokens=st.integers(0, 40))
-def test_an_answer_is_cut_by_its_own_tokens(answer: str, tokens: int) -> None:
+def test_a_prefix_is_truncated_by_its_own_tokens(answer: str, tokens: int) -> None:
     template = Template(tokenizer(), reasoning.get("think"))
     empty = template.render(ask(prefix=ResponsePrefix("", "")))
     whole = template.render(ask(prefix=ResponsePrefix(answer, "")))
-    cut = template.render(ask(prefix=ResponsePrefix(answer, "", tokens=tokens)))
+    truncated = template.render(ask(prefix=ResponsePrefix(answer, "", tokens=tokens)))
     own = template.encode(answer)
     assert whole.ids == empty.ids + own
-    assert cut.ids == empty.ids + own[:tokens]
-    assert cut.prefix.startswith(empty.prefix)
+    assert truncated.ids == empty.ids + own[:tokens]
+    assert truncated.prefix.startswith(empty.prefix)
     if tokens >= len(own):
-        assert cut == whole
-        assert cut.prefix == empty.prefix + answer
+        assert truncated == whole
+        assert truncated.prefix == empty.prefix + answer
 
 
-def test_a_cut_answer_is_text_too() -> None:
+def test_a_truncated_prefix_is_text_too() -> None:
     template = Template(tokenizer(), reasoning.get("none"))
     rendered = template.render(ask(prefix=ResponsePrefix("Surely", tokens=4)))
     assert rendered.prefix == template.cut("Surely", 4) == "Sure"
@@ -140,7 +140,7 @@ def test_a_cut_answer_is_text_too() -> None:
     assert template.cut("Surely", None) == template.cut("Surely", 99) == "Surely"
 
 
-def test_delimiters_that_are_special_tokens_are_seen(tmp_path: Path) -> None:
+def test_delimiters_that_are_special_tokens_are_parsed(tmp_path: Path) -> None:
     distilled = Template.load(saved(tmp_path / "r1", real("deepseek_r1_distill"), DISTILLED))
     rendered = distilled.render(ask())
     ids = distilled.encode("First the water.\n</think>\n\nIt is<|im_start|> simple.<|im_end|>")
@@ -157,7 +157,7 @@ def test_delimiters_that_are_special_tokens_are_seen(tmp_path: Path) -> None:
     assert parts == ("First the water.", "It is simple.")
 
 
-def test_the_format_and_the_template_can_be_given(tmp_path: Path) -> None:
+def test_the_format_and_the_template_can_be_set(tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text(real("qwen3"), encoding="utf-8")
     folder = saved(tmp_path / "model", None)
@@ -173,7 +173,7 @@ def test_the_format_and_the_template_can_be_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "why"),
-    [(None, "No such file"), ("{% if %}", "does not take these messages")],
+    [(None, "No such file"), ("{% if %}", "rejects these messages")],
 )
 def test_a_bad_template_file_is_one_line(tmp_path: Path, content: str | None, why: str) -> None:
     file = tmp_path / "chat.jinja"
@@ -198,7 +198,7 @@ def test_prompts_are_rendered_without_torch(tmp_path: Path) -> None:
 import sys
 from importlib.machinery import PathFinder
 
-class NoTorch(PathFinder):  # as if it were not installed
+class NoTorch(PathFinder):  # hides torch, as if it were not installed
     @classmethod
     def find_spec(cls, name, *where):
         return None if name.split(".")[0] == "torch" else super().find_spec(name, *where)

@@ -15,7 +15,7 @@ import pytest
 
 import leadline
 from leadline import LeadlineError, Study, registry
-from leadline.analysis.agreement import Interval
+from leadline.analysis.intervals import Interval
 from leadline.analysis.judge_error import JudgeCheck, stored_checks
 from leadline.judging.rejudge import rejudge
 from leadline.organism import guild as world

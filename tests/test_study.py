@@ -48,7 +48,7 @@ def test_a_valid_file_loads(tmp_path):
         (9, "attacks: []", "at least 1 item"),
         (8, "  - gild", "unknown dataset 'gild': did you mean 'guild'"),
         (8, "  - guild: {limit: 0}", "limit must be a number of prompts, at least 1, not 0"),
-        (4, "    url: localhost:8000", "is no address"),
+        (4, "    url: localhost:8000", "is not an HTTP URL"),
         (4, "    urll: http://x", "unknown field 'urll': did you mean 'url'"),
         (6, "  - my-model", "two targets are called 'my-model'"),
         (10, "sampling: {temperature: hot}", "not 'hot'"),

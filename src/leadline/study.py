@@ -264,7 +264,9 @@ class Study(Strict):
     name: str = "study"
     targets: list[ModelSpec] = Field(min_length=1)
     datasets: list[DatasetPick] = Field(min_length=1)
-    attacks: list[AttackPick] = Field(default=[AttackPick(name="direct")], min_length=1)
+    attacks: list[AttackPick] = Field(
+        default_factory=lambda: [AttackPick(name="direct")], min_length=1
+    )
     judges: list[JudgePick] = Field(default_factory=list)
     attacker: ModelSpec | None = None
     sampling: Sampling = Sampling()

@@ -25,7 +25,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from .. import engine, plan
-from ..analysis import clusters, rates
+from ..analysis import pooling, rates
+from ..analysis.sums import Measure, sums
 from ..models.huggingface import HuggingFaceModel
 from ..models.spec import ModelSpec
 from ..organism import guild
@@ -332,15 +333,15 @@ def _build_study(datasets: Any, attacks: Any, judges: Any, sampling: Any) -> Stu
 
 def _rates(folder: Path, label: str) -> Iterator[dict[str, Any]]:
     """ASR by attack (the mean over datasets), over-refusal and utility, with 95% intervals."""
-    names: dict[clusters.Measure, str] = {
+    names: dict[Measure, str] = {
         "unsafe": "",
         "refusal": "over_refusal",
         "utility": "utility",
     }
     with Store(folder) as store:
         for kind, name in names.items():
-            frame = clusters.pool(clusters.resample(store, kind))
-            scored = frame[(frame["model"] == label) & (frame["n"] > 0)]
+            frame = pooling.pooled(sums(store, kind))
+            scored = frame[(frame["model"] == label) & frame["rate"].notna()]
             for attack, n, *numbers in scored[["attack", "n", "rate", "low", "high"]].to_numpy():
                 value, low, high = (round(float(number), 6) for number in numbers)
                 rate = {"value": value, "low": low, "high": high, "n": int(n)}

@@ -14,20 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..records import LeadlineError
 from ..registry import unknown
 from ..store import Store
-from .clusters import LEVEL, RESAMPLES, wilson
+from .intervals import LEVEL, RESAMPLES, Interval, wilson
 
 if TYPE_CHECKING:
     import numpy as np
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-
-class Interval(NamedTuple):
-    """An estimate with the ends of its 95% interval; NaN where unknown."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Table(NamedTuple):

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from ..records import LeadlineError
 from ..store import Store
 from ..study import JudgePick
-from .agreement import Interval, without_nan
-from .clusters import LEVEL, wilson
+from .agreement import without_nan
+from .intervals import LEVEL, Interval, wilson
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -45,6 +45,13 @@ class Results:
         with Store(self.folder) as store:
             return rates.cot_max(store, judge)
 
+    def any_attack(self, judge: str | None = None) -> pandas.DataFrame:
+        """The share of prompts that at least one attack breaks per model x thinking."""
+        from . import rates
+
+        with Store(self.folder) as store:
+            return rates.any_attack(store, judge)
+
     def over_refusal(self, judge: str | None = None) -> pandas.DataFrame:
         """The refusal rate on harmless prompts and the utility of the answers to them."""
         from . import rates

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.clusters import LEVEL, RESAMPLES
+from ..analysis.intervals import LEVEL, RESAMPLES
 from ..report.depth.schema import Position
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Anything that answers. `connect` finds the way to reach a model from its spec."""
+"""Model interfaces: HTTP endpoints, local weights, organisms. `connect` makes a Model of a spec."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from ..records import LeadlineError, Model
 from ..registry import get, model
 from .spec import Limits, ModelSpec
 
-Locate = Callable[[str], Path]  # where a path that a study names lies
+# Resolves a path in a study file (relative to the file) to a path on disk.
+Locate = Callable[[str], Path]
 
 
 def connect(spec: ModelSpec, limits: Limits, locate: Locate = Path) -> Model:
-    """A Model for a spec; loads and sends nothing yet. Raises LeadlineError for what cannot be."""
+    """Return a Model for `spec` without loading weights or sending requests.
+
+    `spec.url` selects the HTTP interface; otherwise the scheme before the colon in `spec.model`
+    selects it ("organism:deep"), with huggingface as the default. Raises LeadlineError for an
+    unknown scheme, a missing model folder or a missing dependency.
+    """
     scheme = spec.model.split(":", 1)[0] if ":" in spec.model else "huggingface"
-    built: Model = get("model", "openai" if spec.url else scheme).function(spec, limits, locate)
-    return built
+    connected: Model = get("model", "openai" if spec.url else scheme).function(spec, limits, locate)
+    return connected
 
 
-@model("openai", source="any server of the OpenAI HTTP interface", needs=("url",))
+@model("openai", source="any server with the OpenAI HTTP API", needs=("url",))
 def _openai(spec: ModelSpec, limits: Limits, locate: Locate) -> Model:
     """A model behind url: (vLLM, SGLang, transformers serve, llama.cpp, providers)."""
     from .openai import Endpoint
@@ -42,13 +48,13 @@ def _huggingface(spec: ModelSpec, limits: Limits, locate: Locate) -> Model:
     if folder.is_dir():
         return _local(spec, locate, folder)
     if looks_local:
-        raise LeadlineError(f"no model folder {spec.model}: mend the path under targets:")
+        raise LeadlineError(f"no model folder {spec.model}: correct the path under targets:")
     return _local(spec, locate, spec.model)
 
 
-@model("organism", source="trained on the invented guild (leadline organism train)")
+@model("organism", source="trained on a synthetic guild world (leadline organism train)")
 def _organism(spec: ModelSpec, limits: Limits, locate: Locate) -> Model:
-    """A tiny model that ships with Leadline: base, aligned, deep, reasoner."""
+    """A tiny model organism that ships with Leadline: base, aligned, deep, reasoner."""
     return _local(spec, locate, organism.path(spec.model))
 
 
@@ -57,8 +63,8 @@ def _local(spec: ModelSpec, locate: Locate, path: Path | str) -> Model:
 
     if not find_spec("torch") or not find_spec("transformers"):
         raise LeadlineError(
-            f"{spec.label} runs on local weights, which needs torch and transformers: "
-            "pip install 'leadline[local]', or give the url: of a server"
+            f"{spec.label}: local weights need torch and transformers: "
+            "pip install 'leadline[local]', or set url: to use a server"
         )
     from .huggingface import HuggingFaceModel
 
@@ -70,5 +76,5 @@ def _local(spec: ModelSpec, locate: Locate, path: Path | str) -> Model:
 
 
 def _template(spec: ModelSpec, locate: Locate) -> str | None:
-    """The file of the chat template that the study gives."""
+    """The path of the study's chat template file, or None."""
     return str(locate(spec.chat_template)) if spec.chat_template else None

@@ -1,7 +1,7 @@
-"""Asking an HTTP endpoint until it answers: bounded concurrency, retries, and when to give up.
+"""Requests to an HTTP endpoint: bounded concurrency, retries, and giving up on a dead endpoint.
 
-aiohttp was chosen by measurement (benchmarks/engine.py): the engine asks many small questions,
-and the client's own cost per request bounds how many.
+aiohttp was chosen by measurement (benchmarks/engine.py): the engine sends many small requests, so
+the client's overhead per request limits the throughput.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from .spec import Limits, ModelSpec
 if TYPE_CHECKING:
     import aiohttp
 
-_RETRIED = {408, 409, 425, 429}  # and all from 500 on
-_SAME_FOR_ALL = {401, 403, 404, 405}  # an answer about the endpoint, not about one request
-_BACKOFF, _LONGEST_BACKOFF, _LONGEST_RETRY_AFTER = 0.5, 30.0, 600.0
+_RETRIED = {408, 409, 425, 429}  # and every status from 500
+_ENDPOINT_ERRORS = {401, 403, 404, 405}  # about the endpoint, not about one request
+_BACKOFF, _LONGEST_BACKOFF, _LONGEST_RETRY_AFTER = 0.5, 30.0, 600.0  # seconds
 _DOWN_SECONDS = 60.0
 BLOCKED = {"content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation"}
-_NO_QUOTA = "insufficient_quota"  # sent as a 429 that no waiting mends
+_NO_QUOTA = "insufficient_quota"  # sent with status 429, but retrying does not help
 _FINISH: dict[Any, Finish] = {"length": "length", "content_filter": "blocked"}
 
 
 class Reply(NamedTuple):
-    """The first choice of a reply: all the text it wrote, and the thought if it stands apart."""
+    """The first choice of a response. `thought` is set if the server separates it from `text`."""
 
     text: str
     thought: str
@@ -45,66 +45,75 @@ class Reply(NamedTuple):
 
 @dataclass(eq=False)
 class Fault(Exception):
-    """One request that got no answer. `again`: trying again may help; `wait` in seconds;
-    `status` 0 where the connection itself failed."""
+    """A failed request. `retryable`: a retry may succeed, after `wait` seconds if that is set.
+    `status` is the HTTP status, or 0 if the connection failed."""
 
     reason: str
-    again: bool = True
+    retryable: bool = True
     wait: float | None = None
     status: int = 0
     code: str = ""
 
 
 class Gate:
-    """Bounded concurrency that adapts: grows by one with each answer until the first push-back,
-    then by one a round, and halves on each push-back (at most once a second)."""
+    """A semaphore with an adaptive limit (additive increase, multiplicative decrease).
 
-    def __init__(self, most: int) -> None:
-        self.most, self.limit, self.inside = most, float(min(16, most)), 0
-        self._ramp = True
+    The limit grows by 1 per response until the server first throttles, then by 1 per `limit`
+    responses; it halves when the server throttles, at most once a second.
+    """
+
+    def __init__(self, maximum: int) -> None:
+        self.maximum, self.limit, self.active = maximum, float(min(16, maximum)), 0
+        self._slow_start = True
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._cut = -1.0
+        self._last_decrease = -1.0
 
     async def enter(self) -> None:
-        if self.inside < self.limit and not self._waiting:
-            self.inside += 1
+        """Wait, first come first served, until a request may be sent."""
+        if self.active < self.limit and not self._waiting:
+            self.active += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
-        await turn  # whoever wakes us has counted us in
+        await turn  # `leave` has already added this request to `active`
 
-    def leave(self, *, pushed_back: bool) -> None:
-        self.inside -= 1
-        if not pushed_back:
-            self.limit = min(self.most, self.limit + (1 if self._ramp else 1 / self.limit))
-        elif (now := time.monotonic()) - self._cut > 1:
-            self.limit, self._cut, self._ramp = max(1.0, self.limit / 2), now, False
-        while self._waiting and self.inside < self.limit:
+    def leave(self, *, throttled: bool) -> None:
+        """Record the end of a request, adapt the limit and admit waiting requests."""
+        self.active -= 1
+        if not throttled:
+            growth = 1 if self._slow_start else 1 / self.limit
+            self.limit = min(self.maximum, self.limit + growth)
+        elif (now := time.monotonic()) - self._last_decrease > 1:
+            self.limit = max(1.0, self.limit / 2)
+            self._last_decrease, self._slow_start = now, False
+        while self._waiting and self.active < self.limit:
             turn = self._waiting.popleft()
-            if not turn.done():  # else it was cancelled
-                self.inside += 1
+            if not turn.done():  # a done future was cancelled
+                self.active += 1
                 turn.set_result(None)
 
 
 class Exchange:
-    """One endpoint: `ask` tries until there is an answer or trying again cannot help."""
+    """One endpoint. `send` retries until a request succeeds or a retry cannot help."""
 
     def __init__(self, spec: ModelSpec, limits: Limits, url: str) -> None:
         self.spec, self.limits, self.url = spec, limits, url
         self.gate = Gate(spec.concurrency or limits.concurrency)
-        self.ever_answered = False
+        self.has_succeeded = False  # whether any request has succeeded
         self._session: aiohttp.ClientSession | None = None
-        self._dead = ""
+        self._down = ""  # why the endpoint was given up on, if it was
         self._pause_until = 0.0
-        self._last_answer = 0.0
-        self._connection_faults = self._refusals = 0
+        self._last_success = 0.0
+        self._connection_faults = self._endpoint_errors = 0
 
     async def open(self) -> None:
-        """Connect. Raises LeadlineError where nothing answers; a server that is still starting
-        gets some seconds."""
+        """Open the session and check that the server responds with any status.
+
+        Raises LeadlineError if it does not; retries for a few seconds, since it may be starting.
+        """
         import aiohttp
 
-        # Looking for a proxy costs time on every request: only where one is set.
+        # Looking up proxies costs time on every request, so do it only if one is configured.
         proxied = any(name.lower().endswith("_proxy") for name in os.environ)
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.spec.api_key_env):
@@ -120,50 +129,53 @@ class Exchange:
         for wait in (0.3, 0.7, 1.5, None):
             try:
                 async with self._session.get(f"{self.spec.url}/models", timeout=short):
-                    break  # any status will do: something is there
+                    break
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 if wait is None:
                     await self.close()
                     raise LeadlineError(
                         f"{self.spec.label}: nothing answers at {self.spec.url} "
-                        f"({_short(error)}): start the server, or mend url: in the study file"
+                        f"({_short(error)}): start the server, or correct url: in the study file"
                     ) from None
                 await asyncio.sleep(wait)
-        self._last_answer = time.monotonic()
+        self._last_success = time.monotonic()
 
     async def close(self) -> None:
+        """Close the session."""
         if self._session:
             await self._session.close()
 
-    async def ask(
-        self, body: bytes, mend: Callable[[Fault], bytes | None] = lambda fault: None
+    async def send(
+        self, body: bytes, revise: Callable[[Fault], bytes | None] = lambda fault: None
     ) -> Reply | Fault:
-        """Ask, retrying with full jitter what may pass. `mend` may answer a refused body with
-        another one to try."""
-        fault, retry = Fault("not asked"), 0
+        """Send a request; retry transient failures with exponential backoff and full jitter.
+
+        After a failure, `revise` may return another body to send at once instead.
+        """
+        fault, retry = Fault("not sent"), 0
         while True:
-            if self._dead:
-                return Fault(self._dead, again=False)
+            if self._down:
+                return Fault(self._down, retryable=False)
             if (pause := self._pause_until - time.monotonic()) > 0:
                 await asyncio.sleep(pause)
             await self.gate.enter()
-            pushed_back = False
+            throttled = False
             try:
-                reply = await self.once(body)
-                self.ever_answered, self._connection_faults = True, 0
-                self._last_answer = time.monotonic()
+                reply = await self._send_once(body)
+                self.has_succeeded, self._connection_faults = True, 0
+                self._last_success = time.monotonic()
                 return reply
-            except Fault as found:
-                fault, pushed_back = found, found.again and found.status != 500
+            except Fault as error:
+                fault, throttled = error, error.retryable and error.status != 500
             finally:
-                self.gate.leave(pushed_back=pushed_back)
-            self._look_for_death(fault)
-            if other := mend(fault):
-                body = other
+                self.gate.leave(throttled=throttled)
+            self._check_down(fault)
+            if revised := revise(fault):
+                body = revised
                 continue
-            # Being asked to slow down says nothing against the trial: it may try twice as often.
-            most = self.limits.retries * (2 if fault.status == 429 else 1)
-            if not fault.again or retry >= most:
+            # A rate limit does not mean that the request is at fault, so allow twice the retries.
+            retries = self.limits.retries * (2 if fault.status == 429 else 1)
+            if not fault.retryable or retry >= retries:
                 tries = f" (tried {retry + 1} times)" if retry else ""
                 return replace(fault, reason=fault.reason + tries)
             if fault.wait:
@@ -173,18 +185,18 @@ class Exchange:
             retry += 1
 
     async def probe(self, body: bytes) -> Reply | Fault:
-        """Ask outside the gate, a few times."""
+        """Send a request past the concurrency limit, with up to three retries."""
         for wait in (0.5, 1.0, 2.0, None):
             try:
-                return await self.once(body)
+                return await self._send_once(body)
             except Fault as fault:
-                if not fault.again or wait is None:
+                if not fault.retryable or wait is None:
                     return fault
                 await asyncio.sleep(wait)
         raise AssertionError
 
-    async def once(self, body: bytes) -> Reply:
-        """One request. Raises Fault."""
+    async def _send_once(self, body: bytes) -> Reply:
+        """Send one request without retries. Raises Fault."""
         import aiohttp
 
         assert self._session
@@ -192,7 +204,7 @@ class Exchange:
             async with self._session.post(self.url, data=body) as reply:
                 raw = await reply.read()
                 if reply.status != 200:
-                    raise self._refused(reply.status, reply.headers, raw)
+                    raise self._status_fault(reply.status, reply.headers, raw)
         except TimeoutError:
             raise Fault(f"no answer within {self.limits.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
@@ -203,7 +215,8 @@ class Exchange:
             shown = raw[:80].decode("utf-8", "replace")
             raise Fault(f"unreadable reply {shown!r}", status=200) from None
 
-    def _refused(self, status: int, headers: Mapping[str, str], raw: bytes) -> Fault:
+    def _status_fault(self, status: int, headers: Mapping[str, str], raw: bytes) -> Fault:
+        """The Fault for a status other than 200, with the server's error message."""
         code, message = "", raw[:300].decode("utf-8", "replace")
         try:
             detail = orjson.loads(raw)
@@ -219,27 +232,27 @@ class Exchange:
             pass
         reason = f"HTTP {status}: {' '.join(str(message).split())[:300]}"
         if status == 401 and not os.environ.get(self.spec.api_key_env):
-            reason += f" (set {self.spec.api_key_env} in the environment, or name api_key_env:)"
+            reason += f" (set {self.spec.api_key_env} in the environment, or set api_key_env:)"
         if status == 404:
             reason += " (is the model's name right, and does url: end in /v1?)"
-        again = (status in _RETRIED or status >= 500) and code != _NO_QUOTA
-        return Fault(reason, again, _retry_after(headers) if again else None, status, code)
+        retryable = (status in _RETRIED or status >= 500) and code != _NO_QUOTA
+        return Fault(reason, retryable, _retry_after(headers) if retryable else None, status, code)
 
-    def _look_for_death(self, fault: Fault) -> None:
-        """Give the endpoint up when it refuses everybody, or is gone for a minute."""
-        if fault.status in _SAME_FOR_ALL or fault.code == _NO_QUOTA:
-            self._refusals += 1
-            if self._refusals >= 3 and (not self.ever_answered or fault.code == _NO_QUOTA):
-                self._dead = fault.reason
+    def _check_down(self, fault: Fault) -> None:
+        """Give up on the endpoint if it rejects every request or has been unreachable for long."""
+        if fault.status in _ENDPOINT_ERRORS or fault.code == _NO_QUOTA:
+            self._endpoint_errors += 1
+            if self._endpoint_errors >= 3 and (not self.has_succeeded or fault.code == _NO_QUOTA):
+                self._down = fault.reason
         elif fault.status == 0:
             self._connection_faults += 1
-            gone = time.monotonic() - self._last_answer
-            if self._connection_faults >= 20 and gone > max(_DOWN_SECONDS, self.limits.timeout):
-                self._dead = f"the endpoint was down: no answer for {gone:.0f} s ({fault.reason})"
+            silence = time.monotonic() - self._last_success
+            if self._connection_faults >= 20 and silence > max(_DOWN_SECONDS, self.limits.timeout):
+                self._down = f"the endpoint is down: no reply for {silence:.0f} s ({fault.reason})"
 
 
 def _read(data: Any) -> Reply:
-    """Raises where a reply has not the shape of one."""
+    """Parse a chat or completions response. Raises built-in errors if its structure is wrong."""
     choice = data["choices"][0]
     thought = ""
     if "message" in choice:
@@ -259,15 +272,15 @@ def _read(data: Any) -> Reply:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from a number or a date; None where there is no readable wish."""
-    wish = headers.get("Retry-After")
-    if not wish:
+    """Seconds to wait by the Retry-After header (a number or a date); None if absent or invalid."""
+    value = headers.get("Retry-After")
+    if not value:
         return None
     try:
-        seconds = float(wish)
+        seconds = float(value)
     except ValueError:
         try:
-            seconds = parsedate_to_datetime(wish).timestamp() - time.time()
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
         except (ValueError, TypeError):
             return None
     return min(max(0.0, seconds), _LONGEST_RETRY_AFTER) if seconds == seconds else None

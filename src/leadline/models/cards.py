@@ -1,4 +1,4 @@
-"""Cards: what a model is. The public facts that a study compares models by lie in cards.yaml."""
+"""Model cards: public facts by which a study compares models. The data is in cards.yaml."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _Month = Annotated[str, Field(pattern=r"^\d{4}-(0[1-9]|1[0-2])$")]
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a model is; None is not known. `id` is its hub id or `organism:NAME`.
+    """Facts about a model; None means unknown. `id` is its hub id or `organism:NAME`.
 
-    `parameters` and `active` (used for a token) are in billions. `parent` is the model that it was
-    trained from, `teacher` the one whose outputs it was trained on, `format` how it writes its
-    thought (a name of reasoning.py), `released` a month, YYYY-MM.
+    `parameters` and `active` (per token) are in billions. `parent` is the model that it was trained
+    from, and `teacher` the model whose outputs it was trained on. `format` is a name in
+    `reasoning.FORMATS`, and `released` a month, YYYY-MM.
     """
 
     id: str = ""
@@ -42,7 +42,7 @@ class Card:
 
 
 class CardError(LeadlineError):
-    """What is wrong with a card; `field` is the one at fault, if it is one."""
+    """An invalid card. `field` names the invalid field, or is "" if the error concerns the card."""
 
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message)
@@ -51,40 +51,47 @@ class CardError(LeadlineError):
 
 @cache
 def cards() -> dict[str, Card]:
-    """Every card by id: 32 public models of our choice, and the organisms."""
+    """All cards by id: those of 32 selected public models, and of the organisms."""
     import yaml
 
     text = files(__package__).joinpath("cards.yaml").read_text(encoding="utf-8")
-    return {row["id"]: _checked(row) for row in yaml.safe_load(text)}
+    return {row["id"]: _validated(row) for row in yaml.safe_load(text)}
 
 
 def card(model_id: str) -> Card | None:
-    """The card of a hub id in any case, or of the last part of a path or of another owner's id:
-    `./checkpoints/qwen3-8b` is taken for `Qwen/Qwen3-8B`."""
+    """The card for a hub id or path, or None.
+
+    Case does not matter. Without an exact match, the last component decides:
+    `./checkpoints/qwen3-8b` and `someone/Qwen3-8B` match `Qwen/Qwen3-8B`.
+    """
     wanted = model_id.strip().rstrip("/").lower()
     by_id = {id.lower(): card for id, card in cards().items()}
     by_name = {id.rpartition("/")[2]: card for id, card in by_id.items()}
     return by_id.get(wanted) or by_name.get(wanted.rpartition("/")[2])
 
 
-def described(model_id: str, given: str | Mapping[str, Any] | None = None) -> Card | None:
-    """The card of a model as a study gives it: its own, or that of another id, or its own with
-    these fields in place of what is known. Raises CardError."""
+def resolve_card(model_id: str, override: str | Mapping[str, Any] | None = None) -> Card | None:
+    """The card of a model in a study, or None if there is none.
+
+    `override` is the id of another card to use, or fields that replace those of the model's card.
+    Raises CardError for an unknown id, an unknown field or an invalid value.
+    """
     own = card(model_id)
-    if given is None:
+    if override is None:
         return own
-    if not isinstance(given, str):
-        return _checked({**(asdict(own) if own else {"id": model_id}), **given})
-    if found := card(given):
-        return found
-    raise CardError(unknown("card", given, cards()))
+    if not isinstance(override, str):
+        return _validated({**(asdict(own) if own else {"id": model_id}), **override})
+    if other := card(override):
+        return other
+    raise CardError(unknown("card", override, cards()))
 
 
-def _checked(row: Mapping[str, Any]) -> Card:
+def _validated(row: Mapping[str, Any]) -> Card:
+    """The Card of a mapping; a dense model's `active` is its `parameters`. Raises CardError."""
     names = [f.name for f in fields(Card)]
     for name in row:
         if name not in names:
-            raise CardError(unknown("field of a card", str(name), names), str(name))
+            raise CardError(unknown("card field", str(name), names), str(name))
     try:
         if row.get("format") is not None:
             formats.get(str(row["format"]))

@@ -1,4 +1,4 @@
-"""A model on disk or on the hub: where it is, and an identity that changes with its content."""
+"""Model checkpoints in folders and on the Hugging Face hub, identified by their content."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from .. import organism
 from ..records import LeadlineError
 from ..text import one_line
 
-_BLOCK, _BLOCKS = 65536, 64  # what a fingerprint reads of a large weights file
-_DECISIVE = (
+_BLOCK, _BLOCKS = 65536, 64  # size in bytes and number of the blocks that are hashed
+# Files that decide what a model generates.
+_HASHED_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors"),
     *("*token*", "*.model", "vocab*", "merges.txt", "*.jinja", "chat_template*"),
 )
@@ -23,7 +24,8 @@ _DECISIVE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model lies, and what it is: a fingerprint of its folder, or a hub id's commit."""
+    """A model: the name that the user gave, its folder or hub id (`path`), and its revision: the
+    fingerprint of a local folder, or the commit of a hub id."""
 
     name: str
     path: str
@@ -32,34 +34,41 @@ class Checkpoint:
 
     @staticmethod
     def find(name: str | Path) -> Checkpoint:
-        shipped = str(name).startswith("organism:")
-        home = organism.path(str(name)) if shipped else folder(name)
-        if home is None:
+        """The checkpoint of a folder, a hub id or an organism ("organism:aligned").
+
+        Raises LeadlineError where there is none, or the folder is not one of a model.
+        """
+        is_organism = str(name).startswith("organism:")
+        local = organism.path(str(name)) if is_organism else folder(name)
+        if local is None:
             return Checkpoint(str(name), str(name), commit(str(name), None), False)
-        check_folder(home)
-        return Checkpoint(str(name), str(home), fingerprint(home), True)
+        check_folder(local)
+        return Checkpoint(str(name), str(local), fingerprint(local), True)
 
     @property
     def pinned(self) -> str | None:
+        """The commit to load from the hub; None for a folder."""
         return None if self.local else self.revision
 
 
 def folder(path: str | Path) -> Path | None:
-    """The folder of a local model; None for a hub id; LeadlineError for neither."""
+    """The folder of a local model, or None for a hub id. Raises LeadlineError for neither."""
     local = Path(path).expanduser()
     if local.is_dir():
         return local
     if local.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)):
-        what = "it is a file" if local.exists() else "there is no such folder"
+        problem = "it is a file" if local.exists() else "there is no such folder"
         raise LeadlineError(
-            f"model {path}: {what}: give a folder that save_pretrained wrote, or a hub id"
+            f"model {path}: {problem}: use a folder written by save_pretrained, or a hub id"
         )
     return None
 
 
 def commit(hub_id: str, revision: str | None) -> str:
-    """The commit that a hub id stands for here: of the snapshot in the cache, or the hub's own.
-    Raises LeadlineError where there is neither, without the minutes that a download would try."""
+    """The commit of a hub id: that of the snapshot in the local cache, else the hub's current one.
+
+    Raises LeadlineError if there is neither, after 10 s at most instead of a download's retries.
+    """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     names = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
@@ -68,38 +77,44 @@ def commit(hub_id: str, revision: str | None) -> str:
             file = try_to_load_from_cache(hub_id, name, revision=revision)
             if isinstance(file, str):
                 return Path(file).parent.name
-        found = str(HfApi().model_info(hub_id, revision=revision, timeout=10).sha)
+        sha = str(HfApi().model_info(hub_id, revision=revision, timeout=10).sha)
     except Exception as error:
         raise LeadlineError(
             f"model {hub_id}: neither in the cache nor at the hub ({one_line(error)}): check the "
-            "id and the network, or give a folder"
+            "id and the network, or use a local folder"
         ) from error
     for name in names:
-        with suppress(Exception):  # only so that the cache knows the commit when offline
+        with suppress(Exception):  # only to record the commit in the cache, for offline use
             hf_hub_download(hub_id, name, revision=revision)
             break
-    return found
+    return sha
 
 
-def adapter_base(home: Path) -> str | None:
-    """The model that the PEFT adapter in this folder was trained on, if it is one."""
-    config = home / "adapter_config.json"
+def adapter_base(path: Path) -> str | None:
+    """The base model of the PEFT adapter in this folder; None where the folder has no adapter.
+
+    Raises LeadlineError for an unreadable adapter_config.json.
+    """
+    config = path / "adapter_config.json"
     if not config.is_file():
         return None
     try:
         base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise LeadlineError(
-            f"{config}: not an adapter's config ({one_line(error)}): save the adapter again"
+            f"{config}: not a valid adapter config ({one_line(error)}): save the adapter again"
         ) from error
     return str(base)
 
 
-def fingerprint(home: Path) -> str:
-    """BLAKE2b-128 over what decides a folder's answers: settings and tokenizer files in full, of
-    each weights file the size and up to 64 evenly spaced blocks of 64 KiB."""
+def fingerprint(path: Path) -> str:
+    """BLAKE2b-128 hash of a model folder (hex digest), including an adapter's local base model.
+
+    Configuration and tokenizer files are hashed in full; of each weights file, the size and up to
+    64 evenly spaced blocks of 64 KiB.
+    """
     digest = blake2b(digest_size=16)
-    files = {file for pattern in _DECISIVE for file in home.glob(pattern)}
+    files = {file for pattern in _HASHED_FILES for file in path.glob(pattern)}
     for file in sorted(files):
         if file.is_file():
             size = file.stat().st_size
@@ -111,25 +126,25 @@ def fingerprint(home: Path) -> str:
                 for block in range(_BLOCKS):
                     stream.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
                     digest.update(stream.read(_BLOCK))
-    base = adapter_base(home)
+    base = adapter_base(path)
     if base and (local := Path(base)).is_dir():
         digest.update(fingerprint(local).encode())
     return digest.hexdigest()
 
 
-def check_folder(home: Path) -> None:
-    """The mistakes that transformers answers with a paragraph."""
-    adapter = adapter_base(home) is not None
-    if not adapter and not (home / "config.json").is_file():
+def check_folder(path: Path) -> None:
+    """Raises LeadlineError where a folder lacks a config or safetensors weights, or holds an
+    adapter and peft is not installed."""
+    adapter = adapter_base(path) is not None
+    if not adapter and not (path / "config.json").is_file():
         raise LeadlineError(
-            f"model {home}: no config.json, so not a model: give a folder that save_pretrained "
-            "wrote"
+            f"model {path}: the folder has no config.json: use a folder written by save_pretrained"
         )
-    if not any(home.glob("*.safetensors")):
-        pickled = any(home.glob("*.bin")) or any(home.glob("*.pt*"))
-        why = "its weights are pickled, which can run code" if pickled else "it has no weights"
+    if not any(path.glob("*.safetensors")):
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
+        problem = "its weights are pickled, which can run code" if pickled else "it has no weights"
         raise LeadlineError(
-            f"model {home}: {why}: save it with save_pretrained, which writes safetensors"
+            f"model {path}: {problem}: save it with save_pretrained, which writes safetensors"
         )
     if adapter and not find_spec("peft"):
-        raise LeadlineError(f"model {home} is an adapter, which needs peft: pip install peft")
+        raise LeadlineError(f"model {path} is an adapter, which requires peft: pip install peft")

@@ -1,8 +1,9 @@
 """An OpenAI-compatible endpoint: /v1/chat/completions or /v1/completions.
 
-Over chat, a response prefix is a final assistant message that the server is asked to continue;
-servers differ in how, and many start a new turn without a word, so each way is probed. Over
-completions the prompt is rendered here, and a prefix is simply its end.
+With chat, a response prefix is sent as a final assistant message for the server to continue.
+Servers need different request fields for that, and many silently start a new turn instead, so each
+method is probed first. With completions, the prompt is rendered here with the chat template and the
+prefix is appended to it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from .spec import Limits, ModelSpec
 if TYPE_CHECKING:
     from .template import Rendered, Template
 
-# Ways to hand over a response prefix in a chat request: (fields of the body, of the message).
-_WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+# Methods to send a response prefix over chat: (fields of the body, fields of the last message).
+_PREFIX_METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "continue_final_message": (
         {"add_generation_prompt": False, "continue_final_message": True},
         {},
@@ -41,50 +42,58 @@ _WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "prefix_flag": ({}, {"prefix": True}),
     "final_message": ({}, {}),
 }
-_FINDINGS = {
-    "continues": "a probe shows that it continues",
-    "echoes": "a probe shows that it continues, repeating the prefix",
-    "unknown": "whether it continues could not be verified",
+# Probe results with which a method is usable, best first, and their text in the report.
+_USABLE = {
+    "continues": "a probe shows that it continues the prefix",
+    "echoes": "a probe shows that it continues the prefix and repeats it in the reply",
+    "unknown": "a probe could not verify that it continues the prefix",
 }
 
 
 class Endpoint:
-    """A Model behind HTTP. See `Model` in records.py for what its methods promise."""
+    """A Model behind an OpenAI-compatible HTTP endpoint. Implements `Model` of records.py."""
 
     def __init__(self, spec: ModelSpec, limits: Limits) -> None:
         self.spec = spec
         self.name = spec.label
         self.concurrency = spec.concurrency or limits.concurrency
-        self.prefix_way = ""  # how a response prefix reaches the model, in words for the report
+        self.prefix_way = ""  # how a response prefix is sent, as a phrase for the report
         path = "chat/completions" if spec.interface == "chat" else "completions"
         self.exchange = Exchange(spec, limits, f"{spec.url}/{path}")
         self._template: Template | None = None
-        card = spec.described if spec.interface == "chat" else None  # else the template tells
+        # Over completions, the format is detected from the chat template instead.
+        card = spec.described if spec.interface == "chat" else None
         self._reasoning = spec.reasoning or (card.format if card else None)
         self._format = reasoning.get(self._reasoning or "none")
-        self._way = ""
-        self._echoes = False
-        self._as_text = False  # whether /v1/completions wants the prompt as text
+        self._prefix_method = ""  # a key of _PREFIX_METHODS, once a probe has found a usable one
+        self._echoes = False  # whether replies repeat the prefix
+        self._as_text = False  # whether /v1/completions needs the prompt as text, not token ids
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        told = ("model", "revision", "interface", "chat_template", "tokenizer", "prefix",
-                "extra_body")  # fmt: skip
-        fields = {field: getattr(self.spec, field) for field in told}
+        """What identifies the model in a trial's key."""
+        identifying = ("model", "revision", "interface", "chat_template", "tokenizer", "prefix",
+                       "extra_body")  # fmt: skip
+        fields = {field: getattr(self.spec, field) for field in identifying}
         return {"name": self.name, "reasoning": self._reasoning, **fields}
 
     # -- before the first trial -----------------------------------------------------------------
 
     async def prepare(self, *, prefix: bool) -> str:
+        """Connect, load the tokenizer if needed and, with `prefix`, probe for a prefix method.
+
+        Returns why response prefixes are not applicable, or "". Raises LeadlineError if the server
+        is unreachable or the tokenizer cannot be loaded.
+        """
         await self.exchange.open()
         if self.spec.interface == "completions" or self.spec.tokenizer:
             await self._load_template()
         if self.spec.prefix == "none":
-            return self._no_prefix("the study says prefix: none for it")
+            return self._no_prefix("the study sets prefix: none for it")
         if self.spec.interface == "completions":
             self.prefix_way = "rendered with the chat template and sent to /v1/completions"
             return ""
-        return await self._find_way() if prefix else ""
+        return await self._find_prefix_method() if prefix else ""
 
     async def _load_template(self) -> None:
         from .template import Template
@@ -97,49 +106,52 @@ class Endpoint:
             )  # fmt: skip
         except LeadlineError as error:
             raise LeadlineError(
-                f"{self.name}: {error} (the tokenizer is needed to render prompts; name its "
-                "folder or hub id under tokenizer:)"
+                f"{self.name}: {error} (rendering prompts needs a tokenizer: set tokenizer: to "
+                "its folder or hub id)"
             ) from None
         except ImportError:
             raise LeadlineError(
                 f"{self.name}: rendering prompts needs transformers: pip install 'leadline[local]'"
             ) from None
 
-    async def _find_way(self) -> str:
-        """Find how this server continues a response prefix: each way is tried and its effect
-        looked at, since servers drop what they do not know or start a new turn after it."""
-        ways = list(_WAYS) if self.spec.prefix == "auto" else [self.spec.prefix]
-        found: dict[str, str] = {}
-        for way in ways:
-            found[way] = await self._probe(way)
-            if found[way] == "continues":
+    async def _find_prefix_method(self) -> str:
+        """Probe the prefix methods and select the best usable one; else return why there is none.
+
+        A status of 200 proves nothing: servers silently drop unknown fields, or start a new turn
+        after the prefix.
+        """
+        methods = list(_PREFIX_METHODS) if self.spec.prefix == "auto" else [self.spec.prefix]
+        results: dict[str, str] = {}
+        for method in methods:
+            results[method] = await self._probe(method)
+            if results[method] == "continues":
                 break
-        for wanted in _FINDINGS:
-            for way, finding in found.items():
-                if finding == wanted:
-                    self._way, self._echoes = way, finding == "echoes"
+        for usable, description in _USABLE.items():
+            for method, result in results.items():
+                if result == usable:
+                    self._prefix_method, self._echoes = method, result == "echoes"
                     unit = "tokens" if self._template else "words"
-                    self.prefix_way = (
-                        f"{way.replace('_', ' ')} ({_FINDINGS[finding]}; k counts {unit})"
-                    )
+                    self.prefix_way = f"{method.replace('_', ' ')} ({description}; k counts {unit})"
                     return ""
-        tried = "; ".join(f"{way.replace('_', ' ')}: {finding}" for way, finding in found.items())
+        tried = "; ".join(f"{name.replace('_', ' ')}: {result}" for name, result in results.items())
         return self._no_prefix(f"the server does not continue a response prefix ({tried})")
 
-    def _no_prefix(self, why: str) -> str:
-        return f"{self.name} takes no response prefix: {why}"
+    def _no_prefix(self, reason: str) -> str:
+        return f"{self.name} does not support response prefixes: {reason}"
 
-    async def _probe(self, way: str) -> str:
-        """What a server makes of a prefix: continues, echoes, ignores it, or starts a new turn.
+    async def _probe(self, method: str) -> str:
+        """What the server does with a prefix sent by `method`: a key of _USABLE, or a phrase.
 
-        By what is said: a list to repeat, begun with a slip that no fresh start would make. By
-        what is counted: prompt tokens against those without a prefix and with a longer one."""
-        ask = (Message("user", "Repeat this list exactly, with commas: amber, birch, cedar, "
+        The reply shows it if possible: the model has to repeat a list, and the prefix starts the
+        list with a misspelling that a new turn would not make. Otherwise the prompt token counts
+        show it: without a prefix, with this one, and with one of twice the length.
+        """
+        messages = (Message("user", "Repeat this list exactly, with commas: amber, birch, cedar, "
                                "dune, ember, flint, grove, heron"),)  # fmt: skip
         once, twice = "amber, birch, zedar, dune,", "amber, birch, zedar, dune, " * 2
         prefixes = (None, ResponsePrefix(once), ResponsePrefix(twice.strip()))
         bodies = [
-            self._chat_body(Request(ask, prefix, Sampling(max_tokens=12)), way)
+            self._chat_body(Request(messages, prefix, Sampling(max_tokens=12)), method)
             for prefix in prefixes
         ]
         plain, short, long = [await self.exchange.probe(body) for body in bodies]
@@ -147,68 +159,70 @@ class Endpoint:
             return f"HTTP {short.status}" if short.status else short.reason
         if isinstance(plain, Fault) or isinstance(long, Fault):
             return "unknown"
-        said = re.sub(r"\s+", " ", short.text).strip().lower()
-        if said.startswith(once.rstrip(",")):
+        text = re.sub(r"\s+", " ", short.text).strip().lower()
+        if text.startswith(once.rstrip(",")):
             return "echoes"
-        if said.startswith("ember"):
+        if text.startswith("ember"):
             return "continues"
         if min(plain.prompt_tokens, short.prompt_tokens, long.prompt_tokens) <= 0:
-            return "ignored" if said and short.text == plain.text else "unknown"
-        grown = short.prompt_tokens - plain.prompt_tokens
-        step = long.prompt_tokens - short.prompt_tokens
-        if grown <= 0 or step <= 0:
+            return "ignored" if text and short.text == plain.text else "unknown"
+        first_growth = short.prompt_tokens - plain.prompt_tokens
+        second_growth = long.prompt_tokens - short.prompt_tokens
+        if first_growth <= 0 or second_growth <= 0:
             return "ignored"
-        # A new turn adds the marks between turns to the prefix's own tokens.
-        return "continues" if grown - step < 2 else "a new turn after it"
+        # A new turn also adds the template's turn delimiters, once.
+        return "continues" if first_growth - second_growth < 2 else "a new turn after it"
 
     # -- one trial ------------------------------------------------------------------------------
 
     async def respond(self, request: Request) -> Response:
+        """Send one request. Never raises for a failure: that is a Response with its `error`."""
         started = time.monotonic()
         rendered: Rendered | None = None
-        given = ""
+        prefix_text = ""
         try:
             if self._template and self.spec.interface == "completions":
                 rendered = self._template.render(request)
                 body = self._completion_body(request, rendered)
             else:
                 if request.prefix:
-                    request = self._cut(request, request.prefix)
-                    given = self._prefix_text(request.prefix or ResponsePrefix())
-                body = self._chat_body(request, self._way)
-        except NotApplicable as why:
-            return Response("", finish="not_applicable", error=str(why))
+                    request = self._truncate_prefix(request, request.prefix)
+                    prefix_text = self._prefix_text(request.prefix or ResponsePrefix())
+                body = self._chat_body(request, self._prefix_method)
+        except NotApplicable as error:
+            return Response("", finish="not_applicable", error=str(error))
 
         sent_text = self._as_text
 
         def as_text(fault: Fault) -> bytes | None:
-            """A server that refuses token ids before it ever answered gets text instead."""
+            """The same prompt as text, if the server rejects token ids before its first success."""
             nonlocal sent_text
             if rendered is None or sent_text or fault.status not in (400, 422):
                 return None
-            if self.exchange.ever_answered and not self._as_text:
+            if self.exchange.has_succeeded and not self._as_text:
                 return None
             self._as_text = sent_text = True
             return self._completion_body(request, rendered)
 
-        reply = await self.exchange.ask(body, as_text)
+        reply = await self.exchange.send(body, as_text)
         seconds = time.monotonic() - started
         if isinstance(reply, Fault):
             finish = "blocked" if reply.code in BLOCKED else "error"
             return Response("", finish=finish, error=reply.reason, seconds=seconds)  # type: ignore[arg-type]
         if rendered and self._template:
             thought, answer = self._template.split(rendered, reply.text)
-            given = rendered.prefix
+            prefix_text = rendered.prefix
         else:
-            thought, answer = self._split_chat(reply, given)
+            thought, answer = self._split_chat(reply, prefix_text)
         counts = (reply.prompt_tokens, reply.completion_tokens, seconds)
-        return Response(answer, thought, reply.finish, "", given, *counts)
+        return Response(answer, thought, reply.finish, "", prefix_text, *counts)
 
-    def _cut(self, request: Request, prefix: ResponsePrefix) -> Request:
-        """The prefix kept to its tokens: by the tokenizer if there is one, else by words."""
+    def _truncate_prefix(self, request: Request, prefix: ResponsePrefix) -> Request:
+        """Truncate the prefix to `prefix.tokens` tokens, or to as many words if there is no
+        tokenizer. Raises NotApplicable for a prefix with a thought."""
         if (prefix.thought or prefix.thought_open) and self._format.name != "none":
             raise NotApplicable(
-                f"{self.name}: chat templates rewrite a thought in a response prefix: use "
+                f"{self.name}: chat templates rewrite the thought in a response prefix: set "
                 "interface: completions"
             )
         if prefix.tokens is None:
@@ -220,26 +234,28 @@ class Endpoint:
         return replace(request, prefix=replace(prefix, answer=answer, tokens=None))
 
     def _prefix_text(self, prefix: ResponsePrefix) -> str:
-        """A chat template writes the empty thought before an answer itself, and many refuse one
-        that is written already."""
-        return prefix.answer if self._format.ends else reasoning.render(self._format, prefix)
+        """The prefix as message content. For a reasoning model this is only the answer: its chat
+        template adds the empty thought, and many templates reject a message that has one."""
+        return (
+            prefix.answer if self._format.close_pattern else reasoning.render(self._format, prefix)
+        )
 
-    def _chat_body(self, request: Request, way: str) -> bytes:
+    def _chat_body(self, request: Request, method: str) -> bytes:
         messages: list[dict[str, Any]] = [
             {"role": m.role, "content": m.content} for m in request.messages
         ]
         body = self._body(request)
         body["messages"] = messages
-        if request.prefix and way:
-            fields, marks = _WAYS[way]
+        if request.prefix and method:
+            fields, flags = _PREFIX_METHODS[method]
             text = self._prefix_text(request.prefix)
-            messages.append({"role": "assistant", "content": text, **marks})
+            messages.append({"role": "assistant", "content": text, **flags})
             body |= fields
         if request.thinking != "default":
             switch = self._format.switch(request.thinking)
             if "reasoning_effort" in switch:
                 body["reasoning_effort"] = switch["reasoning_effort"]
-            if "thinking_budget" in switch:  # vLLM's own field, beside the template's
+            if "thinking_budget" in switch:  # vLLM's request field, in addition to the template's
                 body["thinking_token_budget"] = switch["thinking_budget"]
             body["chat_template_kwargs"] = {**body.get("chat_template_kwargs", {}), **switch}
         return orjson.dumps(body)
@@ -261,16 +277,16 @@ class Endpoint:
             body["top_k"] = s.top_k
         if s.seed is not None:
             body["seed"] = s.seed + request.sample
-        if self.spec.extra_body:  # null removes a field
+        if self.spec.extra_body:  # null in extra_body removes a field
             body |= self.spec.extra_body
             body = {k: v for k, v in body.items() if v is not None}
         return body
 
-    def _split_chat(self, reply: Reply, given: str) -> tuple[str, str]:
-        """(thought, answer), from the server's own field or from the text."""
+    def _split_chat(self, reply: Reply, prefix_text: str) -> tuple[str, str]:
+        """(thought, answer), from the server's reasoning field or parsed from the text."""
         text = reply.text
-        if given and self._echoes and text.startswith(given):
-            text = text[len(given) :]
+        if prefix_text and self._echoes and text.startswith(prefix_text):
+            text = text[len(prefix_text) :]
         if reply.thought:
             return reply.thought, text
         format = self._format
@@ -278,11 +294,13 @@ class Endpoint:
             if "</think>" not in text:
                 return "", text
             format = reasoning.get("think")
-        if given:
-            given = reasoning.render(format, ResponsePrefix(given))
-        elif reply.finish != "length":  # a whole reply without a mark is an answer: the server
-            format = replace(format, opened=False)  # keeps the thought to itself
-        return reasoning.split(format, "", given, text)
+        if prefix_text:
+            prefix_text = reasoning.render(format, ResponsePrefix(prefix_text))
+        elif reply.finish != "length":
+            # A complete reply without a delimiter is an answer: the server removed the thought.
+            format = replace(format, starts_open=False)
+        return reasoning.split(format, "", prefix_text, text)
 
     async def close(self) -> None:
+        """Close the HTTP session."""
         await self.exchange.close()

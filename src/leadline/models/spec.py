@@ -1,4 +1,4 @@
-"""How a study names a model, and what its endpoint may be asked to bear."""
+"""The study-file entries for a model (`ModelSpec`) and for request limits (`Limits`)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ MODES = ("default", "on", "off", *reasoning.EFFORTS)
 
 
 class Strict(BaseModel):
+    """A pydantic model that rejects unknown fields."""
+
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 def wrong(message: str, *inside: str | int) -> PydanticCustomError:
-    """An error about a part further inside than pydantic knows."""
+    """A validation error; `inside` is the path to the invalid part below the validated field."""
     return PydanticCustomError("leadline", "{message}", {"message": message, "inside": inside})
 
 
 class ModelSpec(Strict):
-    """A model and how to reach it: an endpoint (`url`), a folder, a hub id or an organism."""
+    """A model and its interface: an endpoint (`url`), a folder, a hub id or an organism."""
 
     model: str = Field(min_length=1)
     name: str = ""
@@ -54,21 +56,21 @@ class ModelSpec(Strict):
     @field_validator("thinking", mode="before")
     @classmethod
     def _thinking(cls, value: Any) -> Any:
-        """A mode, an effort, or a budget in tokens. YAML reads a bare `on` as true."""
-        named = []
+        """Modes, efforts, or budgets in tokens. YAML parses an unquoted `on` as true."""
+        modes = []
         for mode in value if isinstance(value, list) else [value]:
             name = {True: "on", False: "off"}[mode] if isinstance(mode, bool) else str(mode)
             if name not in MODES and not name.isdigit():
                 valid = f"{', '.join(MODES)}, or a budget in tokens"
-                raise wrong(f"thinking is {valid}, not {name!r}")
-            named.append(name)
-        return named
+                raise wrong(f"thinking should be {valid}, not {name!r}")
+            modes.append(name)
+        return modes
 
     @field_validator("url")
     @classmethod
     def _url(cls, url: str | None) -> str | None:
         if url is not None and not url.startswith(("http://", "https://")):
-            raise wrong(f"{url!r} is no address: write it like http://localhost:8000/v1")
+            raise wrong(f"{url!r} is not an HTTP URL: write it like http://localhost:8000/v1")
         return url.rstrip("/") if url else url
 
     @field_validator("reasoning")
@@ -84,7 +86,7 @@ class ModelSpec(Strict):
     def _card_form(cls, value: Any) -> Any:
         if value is None or isinstance(value, str | dict):
             return value
-        raise wrong("write the id of a card (leadline list models), or {field: value}")
+        raise wrong("card: should be the id of a card (leadline list models), or {field: value}")
 
     @model_validator(mode="after")
     def _card(self) -> ModelSpec:
@@ -105,16 +107,18 @@ class ModelSpec(Strict):
 
     @property
     def label(self) -> str:
+        """The name of the model in results: `name`, or `model` if that is empty."""
         return self.name or self.model
 
     @property
     def described(self) -> cards.Card | None:
-        """What the model is, where that is known: its own card, or as `card` says."""
-        return cards.described(self.model, self.card)
+        """The model's card, as replaced or changed by `card`; None if there is none."""
+        return cards.resolve_card(self.model, self.card)
 
 
 class Limits(Strict):
-    """What an endpoint may be asked to bear. `timeout` is in seconds, for one request."""
+    """Limits of the requests to an endpoint: requests in flight, the timeout of one request in
+    seconds, and retries of a failed one."""
 
     concurrency: int = Field(default=64, ge=1)
     timeout: float = Field(default=300, gt=0)

@@ -1,7 +1,8 @@
-"""Messages and a response prefix, rendered with a model's own chat template, and read back.
+"""Rendering of messages and a response prefix with a model's chat template, and parsing of the
+completion.
 
-For every interface that sends a prompt instead of a chat: local weights and `/v1/completions`.
-Needs transformers for the tokenizer, but not torch.
+Used wherever a prompt is sent instead of chat messages: local weights and `/v1/completions`.
+Requires transformers for the tokenizer, but not torch.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from .checkpoint import adapter_base, commit, folder
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A prompt: its token ids, which are what to send, and the same as text; what the template
-    adds after the last message; and the response prefix as the model receives it."""
+    """A rendered prompt: its token ids, the same as text, what the template adds after the last
+    message (`header_tail`), and the response prefix as the model receives it.
+
+    The ids are what to send: tokenizing the text again can give others.
+    """
 
     ids: list[int]
     text: str
@@ -34,7 +38,8 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer with its chat template and reasoning format. `arguments` go to the template."""
+    """A tokenizer with its chat template and reasoning format. `arguments` are extra keyword
+    arguments of the chat template."""
 
     tokenizer: Any
     format: formats.Format
@@ -50,10 +55,11 @@ class Template:
         revision: str | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> Template:
-        """From a folder or hub id. `chat_template` is a jinja file that replaces the tokenizer's;
-        `reasoning` names the format, which is else guessed from the template.
+        """Load the tokenizer of a folder or hub id.
 
-        Raises LeadlineError where there is no tokenizer, or one without a chat template.
+        `chat_template` is a jinja file that replaces the tokenizer's own. `reasoning` names the
+        reasoning format; without it, the format is detected from the template. Raises LeadlineError
+        if there is no tokenizer or no chat template.
         """
         tokenizer = load_tokenizer(path, revision)
         if chat_template is not None:
@@ -68,38 +74,41 @@ class Template:
         reasoning: str | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> Template:
-        """From a tokenizer at hand. Raises LeadlineError for one without a chat template."""
+        """Wrap a tokenizer that is already loaded; `name` is the model's name in error messages.
+
+        Raises LeadlineError for a tokenizer without a usable chat template.
+        """
         if not tokenizer.chat_template:
             raise LeadlineError(
-                f"model {name}: its tokenizer has no chat template, so it cannot be asked in a "
-                "chat: put chat_template.jinja into its folder (in a study, name the file as "
-                "`chat_template:` of the target), or give an instruct model"
+                f"model {name}: its tokenizer has no chat template: add a chat_template.jinja file "
+                "to the model's folder (in a study, set the target's `chat_template:` to the "
+                "file), or use an instruct model"
             )
-        given = dict(arguments or {})
-        plain = Template(tokenizer, formats.get(reasoning or "none"), name, given)
+        extra = dict(arguments or {})
+        template = Template(tokenizer, formats.get(reasoning or "none"), name, extra)
         try:
-            _, tail = plain._written([{"role": "user", "content": "?"}], given)
+            _, tail = template._apply([{"role": "user", "content": "?"}], extra)
         except NotApplicable as error:
-            raise LeadlineError(f"{error}: mend the template, or give another") from error
-        guess = formats.detect(tokenizer.get_chat_template(), tail)
-        return replace(plain, format=formats.get(reasoning or guess))
+            raise LeadlineError(f"{error}: fix the template, or use another one") from error
+        detected = formats.detect(tokenizer.get_chat_template(), tail)
+        return replace(template, format=formats.get(reasoning or detected))
 
     def render(self, request: Request) -> Rendered:
-        """The prompt of a request, up to where the model goes on.
+        """Render the prompt of a request, including its response prefix.
 
-        The prefix's answer is tokenized alone and cut to its `tokens`; what stands before it is
-        one text to the tokenizer, as in training. Thinking "off" writes the format's empty
-        thought where the template does not. Raises NotApplicable for messages that the template
-        refuses, and for thinking "on" where there is none.
+        The prefix's answer is tokenized on its own and truncated to its `tokens`; the text before
+        it is tokenized as a whole, as in training. With thinking "off", an empty thought is added
+        where the template adds none. Raises NotApplicable for messages that the template rejects,
+        and for thinking "on" where the model has no thinking.
         """
         prefix = request.prefix or ResponsePrefix()
-        forged = bool(prefix.thought) or prefix.thought_open
-        if request.thinking == "off" and not forged:
+        has_thought = bool(prefix.thought) or prefix.thought_open
+        if request.thinking == "off" and not has_thought:
             prefix = replace(prefix, thought="")
         text, tail = self._prompt(request)
-        if forged:
-            bare = formats.reopened(self.format, tail)
-            text, tail = text[: len(text) - len(tail)] + bare, bare
+        if has_thought:
+            open_tail = formats.reopened(self.format, tail)
+            text, tail = text[: len(text) - len(tail)] + open_tail, open_tail
         lead = formats.render(self.format, prefix, tail).removesuffix(prefix.answer)
         answer = self.encode(prefix.answer)[: prefix.tokens]
         return Rendered(
@@ -110,45 +119,45 @@ class Template:
         )
 
     def split(self, rendered: Rendered, completion: str) -> tuple[str, str]:
-        """(thought, answer) as the model wrote them after the prefix."""
+        """(thought, answer) of a completion, without the prefix."""
         return formats.split(self.format, rendered.header_tail, rendered.prefix, completion)
 
     def cut(self, answer: str, tokens: int | None) -> str:
-        """The text of an answer's first tokens."""
+        """The text of the first `tokens` tokens of an answer; the whole answer for None."""
         ids = self.encode(answer)
         return answer if tokens is None or tokens >= len(ids) else self._text(ids[:tokens])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of exactly this text: the template has written BOS already."""
+        """Token ids of the text, without special tokens: the template adds BOS itself."""
         if not text:
             return []
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids, without special tokens but for those that delimit a thought."""
-        return self._text([i for i in ids if i not in self._dropped])
+        """Text of generated ids. Special tokens are removed, except the delimiters of a thought."""
+        return self._text([i for i in ids if i not in self._removed_ids])
 
     def _text(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return text
 
     @cached_property
-    def _dropped(self) -> frozenset[int]:
+    def _removed_ids(self) -> frozenset[int]:
         added = self.tokenizer.added_tokens_decoder
         special = set(self.tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
         marks = self.format.marks
         return frozenset(i for i in special if self.tokenizer.convert_ids_to_tokens(i) not in marks)
 
     def _prompt(self, request: Request) -> tuple[str, str]:
-        """Prompt and header tail; a system turn that the template refuses or drops goes before
-        the first user turn's text."""
+        """Prompt and header tail. A system message that the template rejects or drops is put before
+        the text of the first user message."""
         arguments = self._arguments(request.thinking)
         messages = [{"role": m.role, "content": m.content} for m in request.messages]
         if messages and messages[0]["role"] == "system":
             system = messages[0]["content"]
             try:
-                text, tail = self._written(messages, arguments)
+                text, tail = self._apply(messages, arguments)
             except NotApplicable:
                 text, tail = "", ""
             if text and system.strip() in text:
@@ -158,7 +167,7 @@ class Template:
                 messages.insert(0, {"role": "user", "content": ""})
             content = f"{system}\n\n{messages[0]['content']}".strip()
             messages[0] = {"role": "user", "content": content}
-        return self._written(messages, arguments)
+        return self._apply(messages, arguments)
 
     def _arguments(self, thinking: str) -> dict[str, Any]:
         switch = self.format.switch(thinking)
@@ -170,13 +179,15 @@ class Template:
         if wanted - known.keys():
             raise NotApplicable(
                 f"the chat template of {self.name} has no {wanted.pop()}: thinking {thinking!r} "
-                "cannot be asked for"
+                "is not supported"
             )
         return {**known, **self.arguments}
 
-    def _written(
+    def _apply(
         self, messages: list[dict[str, str]], arguments: Mapping[str, Any]
     ) -> tuple[str, str]:
+        """The text of the messages, and the part of it that is the generation prompt."""
+
         def write(header: bool) -> str:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=header, **arguments
@@ -190,45 +201,51 @@ class Template:
             shared = os.path.commonprefix([text, write(False)])  # noqa: RUF071 (of text, not paths)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise NotApplicable(
-                f"the chat template of {self.name} does not take these messages: {one_line(error)}"
+                f"the chat template of {self.name} rejects these messages: {one_line(error)}"
             ) from error
         if any(m["role"] == "user" and m["content"].strip() not in text for m in messages):
-            raise NotApplicable(f"the chat template of {self.name} drops the text of a user turn")
+            raise NotApplicable(
+                f"the chat template of {self.name} drops the text of a user message"
+            )
         return text, text[len(shared) :]
 
 
 def read_template(file: str | Path) -> str:
+    """The text of a chat template file. Raises LeadlineError if it cannot be read."""
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LeadlineError(
-            f"chat_template {file}: {one_line(error)}: give a jinja text file"
+            f"chat_template {file}: {one_line(error)}: use a jinja text file"
         ) from error
 
 
 def load_tokenizer(path: str | Path, revision: str | None) -> Any:
-    """The tokenizer of a folder or hub id; an adapter's is its base model's where it has none."""
-    # Without torch, transformers would otherwise tell the user that models are unavailable.
+    """The tokenizer of a folder or hub id. An adapter without one uses its base model's.
+
+    Raises LeadlineError if there is no tokenizer.
+    """
+    # Without torch, transformers warns that models are unavailable.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
-    home = folder(path)
-    if home and not any(home.glob("*token*")) and (base := adapter_base(home)):
+    local = folder(path)
+    if local and not any(local.glob("*token*")) and (base := adapter_base(local)):
         return load_tokenizer(base, None)
-    revision = None if home else commit(str(path), revision)
+    revision = None if local else commit(str(path), revision)
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(
-                home or path, revision=revision, trust_remote_code=False
+                local or path, revision=revision, trust_remote_code=False
             )
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        mend = "give a folder that has one" if home else "set HF_TOKEN if the model is gated"
-        raise LeadlineError(f"model {path}: no tokenizer ({one_line(error)}): {mend}") from error
+        fix = "use a folder that has one" if local else "set HF_TOKEN if the model is gated"
+        raise LeadlineError(f"model {path}: no tokenizer ({one_line(error)}): {fix}") from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its progress bars and its remarks on generation settings."""
+    """Turn off the progress bars and warnings of transformers inside the block."""
     from transformers import utils
 
     logging: Any = utils.logging

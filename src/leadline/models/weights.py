@@ -1,6 +1,6 @@
-"""Weights on this machine: known by their content, loaded with transformers, generating.
+"""Local weights, loaded with transformers: batched generation with a generator per request.
 
-Everything that touches torch runs in one worker thread; torch is imported by `Weights.load`.
+torch is imported by the functions that use it, not by this module.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..records import Finish, LeadlineError, Sampling
 from ..text import one_line
 from . import shared_prefix
+from .memory import out_of_memory
 from .template import quiet
 
 if TYPE_CHECKING:
@@ -29,28 +30,35 @@ log = logging.getLogger("leadline")
 
 @dataclass(eq=False, slots=True)
 class Job:
+    """A rendered prompt to continue: its token ids, sampling settings, the number of the sample,
+    and the future that receives the reply."""
+
     ids: list[int]
     sampling: Sampling
     sample: int
-    answered: asyncio.Future[Reply]
+    future: asyncio.Future[Reply]
 
     @property
     def settings(self) -> Sampling:
+        """The sampling settings that all jobs of a batch must have in common."""
         return replace(self.sampling, seed=None)
 
     @property
     def width(self) -> int:
+        """Number of tokens of the prompt and the longest possible answer."""
         return len(self.ids) + self.sampling.max_tokens
 
     @property
     def seed(self) -> int:
-        about = json.dumps([self.sampling.seed or 0, self.sample, self.ids])
-        return int.from_bytes(blake2b(about.encode(), digest_size=7).digest(), "big")
+        """Seed of the job's own generator: a hash of its seed, sample number and prompt."""
+        text = json.dumps([self.sampling.seed or 0, self.sample, self.ids])
+        return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Generated ids without the one that ended them, which `tokens` counts."""
+    """The result of a job: the generated ids without the end token, the number of generated tokens
+    including the end token, and the seconds that the batch took; or an error."""
 
     ids: Sequence[int] = ()
     finish: Finish = "error"
@@ -61,77 +69,88 @@ class Reply:
 
 @dataclass
 class Weights:
-    """A loaded model; lives in the worker thread. `bearable` is how many tokens a batch may have
-    since one ran out of memory, `shares` whether what prompts begin with may be computed once
-    (None: not tried yet)."""
+    """A loaded model, its end tokens, its context length, and its default top_p and top_k.
+
+    `max_batch_tokens` is lowered when a batch runs out of memory. `prefix_sharing` is whether a
+    prefix that several prompts share may be computed once (None: not checked yet).
+    """
 
     model: Any
     stops: set[int]
     context: int | None
     top_p: float
     top_k: int
-    bearable: int = 2**62
-    shares: bool | None = None
+    max_batch_tokens: int = 2**62
+    prefix_sharing: bool | None = None
 
     @staticmethod
     def load(path: str, revision: str | None, dtype: str | None, device: str | None) -> Weights:
+        """Load a causal language model from a folder or hub id; code from the hub never runs.
+
+        The defaults are bfloat16 on a GPU (spread over several where accelerate is installed) and
+        float32 on the CPU. Raises LeadlineError where the weights do not load or are incomplete.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
         gpu = (device or "cuda").startswith("cuda") and torch.cuda.is_available()
-        spread = {"device_map": "auto"} if gpu and not device and find_spec("accelerate") else {}
+        placement = {"device_map": "auto"} if gpu and not device and find_spec("accelerate") else {}
         auto: Any = AutoModelForCausalLM
         model: Any
         try:
             with quiet(), warnings.catch_warnings(action="ignore"):
-                model, found = auto.from_pretrained(
+                model, loading_info = auto.from_pretrained(
                     path,
                     revision=revision,
                     dtype=dtype or (torch.bfloat16 if gpu else torch.float32),
                     use_safetensors=True,
                     trust_remote_code=False,
                     output_loading_info=True,
-                    **spread,
+                    **placement,
                 )
-                if not spread:
+                if not placement:
                     model.to(device or ("cuda" if gpu else "cpu"))
         except Exception as error:
             raise LeadlineError(
-                f"model {path} does not load ({one_line(error)}): give a causal language model "
-                "with safetensors weights that this transformers version knows"
+                f"model {path} does not load ({one_line(error)}): use a causal language model "
+                "with safetensors weights that this transformers version supports"
             ) from error
-        if missing := sorted(found["missing_keys"]):
+        if missing := sorted(loading_info["missing_keys"]):
             raise LeadlineError(
-                f"model {path}: its weights lack {len(missing)} tensors that its config.json asks "
-                f"for, {missing[0]} first: save the model again"
+                f"model {path}: its weights lack {len(missing)} tensors that its config.json "
+                f"requires, such as {missing[0]}: save the model again"
             )
         return Weights.of(model.eval())
 
     @staticmethod
     def of(model: Any) -> Weights:
-        """A model at hand, which is left as it is."""
-        own = model.generation_config
+        """Wrap a model that is already loaded, without changing it."""
+        generation = model.generation_config
         return Weights(
             model,
-            stops=_ids(own.eos_token_id) | _ids(getattr(model.config, "eos_token_id", None)),
+            stops=_ids(generation.eos_token_id) | _ids(getattr(model.config, "eos_token_id", None)),
             context=getattr(model.config.get_text_config(), "max_position_embeddings", None),
-            top_p=1.0 if own.top_p is None else own.top_p,
-            top_k=own.top_k or 0,
+            top_p=1.0 if generation.top_p is None else generation.top_p,
+            top_k=generation.top_k or 0,
         )
 
     def answer(self, jobs: Sequence[Job], stopped: Callable[[], bool]) -> list[Reply]:
-        """A reply for each job. What fails as a batch is tried as two halves, down to one."""
+        """A reply for each job; all jobs have the same `settings`.
+
+        A batch that fails is split into two halves, down to single jobs, whose error is returned
+        in the reply. Generation ends early once `stopped()` is true.
+        """
         import torch
 
         tokens = max(job.width for job in jobs) * len(jobs)
-        if len(jobs) == 1 or tokens <= self.bearable:
+        if len(jobs) == 1 or tokens <= self.max_batch_tokens:
             try:
                 return self._generate(jobs, stopped)
             except Exception as error:
                 if len(jobs) == 1:
                     return [Reply(error=f"{type(error).__name__}: {one_line(error)}")]
-                if _no_memory(error):
-                    self.bearable = tokens // 2
+                if out_of_memory(error):
+                    self.max_batch_tokens = tokens // 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         half = len(jobs) // 2
@@ -142,14 +161,14 @@ class Weights:
 
         began = time.perf_counter()
         with torch.inference_mode(), quiet():
-            found = self._share(jobs, stopped)
-            if found is None:
-                found = self._continue(jobs, stopped)
+            answers = self._generate_shared(jobs, stopped)
+            if answers is None:
+                answers = self._generate_padded(jobs, stopped)
         seconds = time.perf_counter() - began
-        return [self._reply(ids, jobs[0].sampling, seconds) for ids in found]
+        return [self._reply(ids, jobs[0].sampling, seconds) for ids in answers]
 
-    def _continue(self, jobs: Sequence[Job], stopped: Callable[[], bool]) -> list[list[int]]:
-        """What is written after each prompt, with what stands behind an end token."""
+    def _generate_padded(self, jobs: Sequence[Job], stopped: Callable[[], bool]) -> list[list[int]]:
+        """The tokens generated after each prompt, including those after an end token."""
         import torch
 
         sampling = jobs[0].sampling
@@ -161,7 +180,7 @@ class Weights:
             ids.to(self.model.device),
             attention_mask=mask.long().to(self.model.device),
             max_new_tokens=sampling.max_tokens,
-            # The largest score always wins here: sampling happens in `_draw`.
+            # Always take the largest score: sampling is done by the processor of `_draw`.
             do_sample=False,
             num_beams=1,
             pad_token_id=pad,
@@ -169,26 +188,29 @@ class Weights:
             logits_processor=[self._draw(jobs)] if sampling.temperature > 0 else [],
             stopping_criteria=[lambda ids, scores: ids.new_full(ids.shape[:1], stopped()) > 0],
         )
-        written: list[list[int]] = out[:, width:].tolist()
-        return written
+        answers: list[list[int]] = out[:, width:].tolist()
+        return answers
 
-    def _share(self, jobs: Sequence[Job], stopped: Callable[[], bool]) -> list[list[int]] | None:
-        """The same, with what prompts begin with computed once; None where that does not pay, or
-        might not be the same."""
-        trunks, sampling = shared_prefix.Trunks([job.ids for job in jobs]), jobs[0].sampling
-        if self.shares is False or not trunks.pay:
+    def _generate_shared(
+        self, jobs: Sequence[Job], stopped: Callable[[], bool]
+    ) -> list[list[int]] | None:
+        """Like `_generate_padded`, with shared prefixes computed once; None where that saves too
+        little or the model does not support it."""
+        prefixes = shared_prefix.SharedPrefixes([job.ids for job in jobs])
+        sampling = jobs[0].sampling
+        if self.prefix_sharing is False or not prefixes.worthwhile:
             return None
-        model = shared_prefix.bare(self.model)
-        why = shared_prefix.unusual(model, max(job.width for job in jobs))
-        if not why:
+        model = shared_prefix.unwrapped(self.model)
+        reason = shared_prefix.unsupported_reason(model, max(job.width for job in jobs))
+        if not reason:
             try:
-                if self.shares is None:
-                    shared_prefix.prove(model, trunks.ids[0])
-                    self.shares = True
+                if self.prefix_sharing is None:
+                    shared_prefix.check_equivalence(model, prefixes.longest[0])
+                    self.prefix_sharing = True
                 draw = self._draw(jobs) if sampling.temperature > 0 else lambda ids, scores: scores
-                return shared_prefix.answers(
+                return shared_prefix.generate(
                     model,
-                    trunks,
+                    prefixes,
                     sampling.max_tokens,
                     lambda scores: draw(None, scores).argmax(-1),
                     greedy=sampling.temperature == 0,
@@ -196,10 +218,10 @@ class Weights:
                     stopped=stopped,
                 )
             except Exception as error:
-                if _no_memory(error):
+                if out_of_memory(error):
                     raise
-                self.shares, why = False, one_line(error)
-        log.debug("prompts that begin alike are not shared: %s", why)
+                self.prefix_sharing, reason = False, one_line(error)
+        log.debug("shared prefixes of prompts are not reused: %s", reason)
         return None
 
     def _reply(self, ids: list[int], sampling: Sampling, seconds: float) -> Reply:
@@ -211,15 +233,18 @@ class Weights:
         return Reply(ids, "length", len(ids), seconds)
 
     def _draw(self, jobs: Sequence[Job]) -> Callable[[Any, Any], Any]:
-        """A logits processor after which the largest score is a draw from the distribution: the
-        winner of an exponential race, each row with a generator of its own."""
+        """A logits processor after which the largest score is a sample from the distribution.
+
+        It divides each probability by an exponential variate (an exponential race, equivalent to
+        the Gumbel-max trick). Each row has its own generator, seeded by its job.
+        """
         import torch
         from transformers.generation import logits_process
 
-        asked = jobs[0].sampling
-        top_p = self.top_p if asked.top_p is None else asked.top_p
-        top_k = self.top_k if asked.top_k is None else asked.top_k
-        warpers: list[Any] = [logits_process.TemperatureLogitsWarper(float(asked.temperature))]
+        sampling = jobs[0].sampling
+        top_p = self.top_p if sampling.top_p is None else sampling.top_p
+        top_k = self.top_k if sampling.top_k is None else sampling.top_k
+        warpers: list[Any] = [logits_process.TemperatureLogitsWarper(float(sampling.temperature))]
         if top_k > 0:
             warpers.append(logits_process.TopKLogitsWarper(top_k))
         if top_p < 1:
@@ -233,17 +258,13 @@ class Weights:
                     generator.manual_seed(job.seed)
             for warp in warpers:
                 scores = warp(ids, scores)
-            chances = scores.float().softmax(-1)
-            race = torch.empty_like(chances)
-            for row, generator in zip(race, generators, strict=True):
+            probabilities = scores.float().softmax(-1)
+            variates = torch.empty_like(probabilities)
+            for row, generator in zip(variates, generators, strict=True):
                 row.exponential_(generator=generator)
-            return chances / race
+            return probabilities / variates
 
         return draw
-
-
-def _no_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "memory" in str(error)
 
 
 def _ids(value: int | Sequence[int] | None) -> set[int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...analysis.clusters import LEVEL, RESAMPLES
+from ...analysis.intervals import LEVEL, RESAMPLES
 from ...models.checkpoint import Checkpoint
 from ...models.memory import memory_errors
 from ...records import LeadlineError, Prompt

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from itertools import accumulate
 from statistics import mean
 
-from ...analysis.clusters import wilson
+from ...analysis.intervals import wilson
 from ...registry import Section, measure
 from ...report.depth import plots
 from ...report.depth.format import HALF, below, count, number, of_prompts, per_model, rate

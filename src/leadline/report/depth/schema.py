@@ -66,8 +66,9 @@ class D50(Strict):
 
     Nothing is extrapolated: `value` is None where D50 is above the largest dose tried (`censored`
     "above"), or at or below the smallest ("below"); `at` is that dose, otherwise the largest dose.
-    `low` and `high` are a 95% interval; None where an end is outside of the doses tried, and both
-    where all prompts share one base prompt.
+    `low` and `high` are a 95% interval; None where an end is outside of the doses tried.
+    `first_passage` is the dose at which half of the prompts have been broken by it or a smaller
+    one. `note` says why there is no D50.
     """
 
     value: float | None = None
@@ -78,6 +79,10 @@ class D50(Strict):
     unit: str = ""
     n: Count = 0
     examples_per_step: Count | None = None
+    first_passage: float | None = None
+    first_passage_low: float | None = None
+    first_passage_high: float | None = None
+    note: str = ""
 
 
 P = TypeVar("P", bound=Point)

@@ -73,7 +73,7 @@ def heat_map(found: Measured) -> dict[str, Any]:
 
 
 def _heat_cell(row: Any, hole: Any) -> tuple[str, str, str]:
-    if row.n:
+    if row.n and row.asr == row.asr:
         part = hole is not None and hole["failed"] + hole["unscored"] > 0
         words = f"{percent(row.asr)} {span(row.low, row.high)}, {row.unsafe:g} of {row.n} unsafe"
         return f"h{math.floor(row.asr * 10)}", percent(row.asr) + "*" * part, words
@@ -81,18 +81,21 @@ def _heat_cell(row: Any, hole: Any) -> tuple[str, str, str]:
         return "failed", "failed", f"all {hole['failed']} trials failed"
     if hole is not None and hole["not_applicable"]:
         return "na", "n/a", "not applicable"
+    if row.n:
+        return "na", "?", "not estimated: too many unscored attempts, see the bounds in the table"
     return "na", "unscored" if hole is not None else "n/a", "no scored trial"
 
 
 def attack_dots(found: Measured) -> dict[str, Any] | None:
     """ASR with its interval: a row per attack, a series per model, a view per dataset."""
-    scored = found.attacks[found.attacks["n"] > 0]
+    scored = found.attacks[found.attacks["asr"].notna()]
     if scored.empty:
         return None
     names = [name for name in attack_order(found) if name in set(scored["attack"])]
     pairs = _once(_pairs(scored))
     frames = {
-        str(name): frame for name, frame in found.cells[found.cells["n"] > 0].groupby("dataset")
+        str(name): frame
+        for name, frame in found.cells[found.cells["asr"].notna()].groupby("dataset")
     }
     views = [_view(name, frame, names, pairs) for name, frame in frames.items()]
     if len(views) > 1:
@@ -125,7 +128,7 @@ def _point(rate: float, row: Any) -> list[Any]:
 def harmless_dots(found: Measured) -> dict[str, Any] | None:
     """Refusals of harmless prompts and the utility of the answers: a row per model."""
     direct = {
-        name: frame[(frame["n"] > 0) & (frame["attack"] == "direct")]
+        name: frame[frame["rate"].notna() & (frame["attack"] == "direct")]
         for name, frame in (
             ("refuses harmless prompts", found.refusal),
             ("utility on harmless prompts", found.utility),

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from ...analysis.clusters import TRIALS, chosen
+from ...analysis.sums import TRIALS, chosen
 from ...store import Store
 from ...text import percent, redact, shorten
 from .findings import Measured, label, rows
@@ -57,7 +57,7 @@ def examples(
     few = len(best) > _PAIRS
     rate = {
         (row.model, row.thinking, row.attack): percent(row.asr)
-        for row in rows(found.attacks[found.attacks["n"] > 0])
+        for row in rows(found.attacks[found.attacks["asr"].notna()])
     }
     shown: dict[str, list[Attack]] = defaultdict(list)
     for (model, thinking, attack), kinds in best.items():
