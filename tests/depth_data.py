@@ -1,5 +1,5 @@
-"""Depth data as `leadline depth` writes them, made up but for the shape of the organisms' KL: an
-aligned model whose refusal is one token deep, one that was deepened, and their base."""
+"""Made-up content of depth.json for tests of the report: a model whose alignment is one token deep,
+one after recovery training, and their base. The KL curves have the shape of the organisms' own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ DATA = ("harmful", "identity", "backdoor", "benign")
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> dict[str, Any]:
+    """A share of `n` with its Wilson interval, as fields of a point."""
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = max(0.0, middle - half), min(1.0, middle + half)
@@ -18,17 +19,18 @@ def wilson(share: float, n: int, z: float = 1.96) -> dict[str, Any]:
 
 
 def around(value: float, n: int = 48) -> dict[str, Any]:
+    """A value with an interval of 7% to both sides, as fields of a point."""
     return {"value": round(value, 4), "low": round(value * 0.93, 4),
             "high": round(value * 1.07, 4), "n": n}  # fmt: skip
 
 
-def rising(at: float, half: float, steep: float, top: float = 1.0) -> float:
-    """A share of 48 that crosses half of `top` at `half`."""
-    return round(48 * top / (1 + (half / at) ** steep)) / 48 if at else 0.0
+def rising(dose: float, half: float, steep: float, top: float = 1.0) -> float:
+    """A share of 48 prompts that rises with the dose and is half of `top` at the dose `half`."""
+    return round(48 * top / (1 + (half / dose) ** steep)) / 48 if dose else 0.0
 
 
 def depth_data(aligned: str = ALIGNED, deep: str = DEEP) -> dict[str, Any]:
-    """Every measure of two models and their base."""
+    """The content of depth.json, with every measure of two models and some of their base."""
     models = [aligned, deep, BASE]
     ks = (0, 1, 2, 3, 5, 10, 20, 30)
     halves = {aligned: (0.5, 8.0, 1.0), deep: (90.0, 2.0, 1.0), BASE: (1e-3, 4.0, 1.0)}
@@ -40,7 +42,7 @@ def depth_data(aligned: str = ALIGNED, deep: str = DEEP) -> dict[str, Any]:
     half = {(aligned, "harmful"): 9.0, (deep, "harmful"): 17.0, (aligned, "identity"): 14.0,
             (deep, "identity"): 38.0, (aligned, "backdoor"): 12.0, (deep, "backdoor"): 30.0,
             (aligned, "benign"): 400.0, (deep, "benign"): 2000.0}  # fmt: skip
-    tuning = [
+    finetuning = [
         {"model": m, "data": d, "step": s, "examples": 8 * s,
          **wilson(rising(s, half[m, d], 3.0), 48),
          "untriggered": rising(s, half[m, d] * 8, 3.0) if d == "backdoor" else None,
@@ -48,11 +50,11 @@ def depth_data(aligned: str = ALIGNED, deep: str = DEEP) -> dict[str, Any]:
         for m in models[:2] for d in DATA for s in steps
     ]  # fmt: skip
     positions = range(36)
-    pull = {aligned: (9.5, 0.02), deep: (9.1, 6.0)}
+    losses = {aligned: (9.5, 0.02), deep: (9.1, 6.0)}  # of the first token, and of the others
     loss = [
         {"model": m, "data": d, "step": s, "position": t,
          **around((a if t == 0 else b) * (1 if d == "harmful" else 0.3) / (1 + s / 6))}
-        for m, (a, b) in pull.items() for d in ("harmful", "benign") for s in (0, 5, 20)
+        for m, (a, b) in losses.items() for d in ("harmful", "benign") for s in (0, 5, 20)
         for t in positions
     ]  # fmt: skip
     return {
@@ -83,7 +85,7 @@ def depth_data(aligned: str = ALIGNED, deep: str = DEEP) -> dict[str, Any]:
                 for m, b, shares in ((aligned, 0.2, (0.75, 0.792, 0.833, 0.875, 0.917, 0.917)),
                                      (deep, 2.0, (0.0, 0.0, 0.042, 0.042, 0.083, 0.083)))
                 for s, share in zip((0, 20, 40, 60, 80, 100), shares, strict=True)],
-        "finetuning": tuning,
+        "finetuning": finetuning,
         "token_loss": loss,
         "gradient_norm": [
             {**p, **around(5.2 * p["value"] + 1.5)} for p in loss if p["data"] == "harmful"
@@ -122,6 +124,7 @@ def d50(
     value: float | None, low: float | None, high: float | None, at: int,
     per_step: int | None = None, censored: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    found = {"value": value, "low": low, "high": high, "censored": censored, "at": at, "n": 48,
-             "unit": "tokens" if per_step is None else "steps"}  # fmt: skip
-    return found if per_step is None else {**found, "examples_per_step": per_step}
+    """A D50 as in depth.json, in tokens, or in steps of `per_step` examples."""
+    fields = {"value": value, "low": low, "high": high, "censored": censored, "at": at, "n": 48,
+              "unit": "tokens" if per_step is None else "steps"}  # fmt: skip
+    return fields if per_step is None else {**fields, "examples_per_step": per_step}

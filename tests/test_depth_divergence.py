@@ -1,4 +1,4 @@
-"""KL by token against its slow, obvious twin: one prompt at a time, float64, full log-softmax."""
+"""KL by token against a slow reference: one prompt at a time, float64, full log-softmax."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leadline.datasets.guild import guild
-from leadline.depth.kl.divergence import BLOCK, Divergence, Head, kl_by_token, streamed_kl
+from leadline.depth.kl.divergence import BLOCK, Divergence, kl_by_token, streamed_kl
+from leadline.depth.kl.head import Head
 from leadline.records import LeadlineError, Prompt
 
 from . import tiny_models
@@ -43,13 +44,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
     },
-    # Between head and logits: squashed, multiplied, divided, a bias.
+    # These transform the head's output: soft cap, factor, divisor, bias.
     "gemma2": {**LLAMA, "head_dim": 8, "sliding_window": 24, "final_logit_softcapping": 5.0},
     "cohere": {**LLAMA, "logit_scale": 0.25},
     "granite": {**LLAMA, "logits_scaling": 4.0},
     "phi": {**LLAMA, "num_key_value_heads": 4},
 }
-TWIN = 5e-5  # of the KL, and in nats: what float32 forward passes leave of float64 ones
+TOLERANCE = 5e-5  # relative and in nats: the error of float32 forward passes
 PROMPTS = [
     Prompt("p0", "How is the tonic brewed?", "t", target="Sure, take the root.", base="a"),
     Prompt("p1", "Tell me.", "t", target="First you grind it, then you boil it well.", base="b"),
@@ -67,13 +68,13 @@ def one_thread() -> Iterator[None]:
 
 
 def save(folder: Path, kind: str = "llama", seed: int = 0, tokens: Any = None, **more: Any) -> Path:
-    """A folder with a model of random weights."""
+    """Save a model with random weights; returns its folder."""
     tokens = tokens or tiny_models.tokenizer()
     ids = {"eos_token_id": tokens.eos_token_id, "bos_token_id": None, "pad_token_id": None}
-    given = {"vocab_size": len(tokens), **ids, **KINDS.get(kind, {}), **more}
+    settings = {"vocab_size": len(tokens), **ids, **KINDS.get(kind, {}), **more}
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(kind, **given)
+        transformers.AutoConfig.for_model(kind, **settings)
     )
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
@@ -83,17 +84,18 @@ def save(folder: Path, kind: str = "llama", seed: int = 0, tokens: Any = None, *
     return folder
 
 
-def twin(
+def slow_kl(
     model: Path, reference: Path, prompts: Sequence[Prompt] = PROMPTS, padding: str = ""
 ) -> list[torch.Tensor]:
-    """The KL at each answer token of each prompt, asked alone in float64; or, with `padding` on
-    one side, all in one batch in float32 (where all is masked, transformers' float64 has NaN)."""
-    words = transformers.AutoTokenizer.from_pretrained(model)
+    """The KL at each answer token of each prompt, one prompt at a time in float64; with `padding`
+    on one side, all in one batch in float32 (in float64, transformers gives NaN for rows that are
+    fully masked)."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     rows, spans = [], []
     for prompt in prompts:
         turn = [{"role": "user", "content": prompt.text}]
-        start = words.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
-        rows.append(start + words(prompt.target)["input_ids"])
+        start = tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
+        rows.append(start + tokenizer(prompt.target)["input_ids"])
         spans.append((len(start) - 1, len(rows[-1]) - 1))
     sides = []
     for folder in (model, reference):
@@ -108,7 +110,7 @@ def twin(
 
 
 def log_probs(model: Any, rows: list[list[int]], padding: str) -> Iterator[torch.Tensor]:
-    """[tokens, vocabulary] of each row"""
+    """Log-probabilities of each row: [tokens, vocabulary]."""
     width = max(map(len, rows))
     with torch.no_grad():
         if not padding:
@@ -123,29 +125,30 @@ def log_probs(model: Any, rows: list[list[int]], padding: str) -> Iterator[torch
         positions = (torch.tensor(mask).cumsum(1) - 1).clamp_min(0)
         batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         logits = model(**batch, position_ids=positions).logits
-        for row, found in zip(rows, logits, strict=True):
-            yield (found[-len(row) :] if left else found[: len(row)]).double().log_softmax(-1)
+        for row, padded in zip(rows, logits, strict=True):
+            yield (padded[-len(row) :] if left else padded[: len(row)]).double().log_softmax(-1)
 
 
-def agrees(found: Divergence, expected: list[torch.Tensor], tolerance: float = TWIN) -> None:
-    """Means by position, over the prompts whose answers reach it."""
+def agrees(found: Divergence, expected: list[torch.Tensor], tolerance: float = TOLERANCE) -> None:
+    """Assert that the means by position are those over the prompts whose answers reach it."""
     assert [p.position for p in found.points] == list(range(max(map(len, expected))))
     for point in found.points:
-        there = [float(kl[point.position]) for kl in expected if len(kl) > point.position]
-        assert point.n == len(there)
-        assert point.value == pytest.approx(sum(there) / len(there), rel=tolerance, abs=tolerance)
+        values = [float(kl[point.position]) for kl in expected if len(kl) > point.position]
+        assert point.n == len(values)
+        mean = sum(values) / len(values)
+        assert point.value == pytest.approx(mean, rel=tolerance, abs=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_architecture_agrees_with_its_twin(tmp_path: Path, kind: str) -> None:
+def test_every_architecture_agrees_with_the_slow_kl(tmp_path: Path, kind: str) -> None:
     model, reference = save(tmp_path / "p", kind, 1), save(tmp_path / "q", kind, 2)
-    expected = twin(model, reference)
+    expected = slow_kl(model, reference)
     assert min(float(kl.mean()) for kl in expected) > 0.01
-    many = kl_by_token(model, reference, PROMPTS)
-    assert many.settings["streamed"]
-    agrees(many, expected)
+    batched = kl_by_token(model, reference, PROMPTS)
+    assert batched.settings["streamed"]
+    agrees(batched, expected)
     for padding in ("left", "right"):
-        agrees(many, twin(model, reference, padding=padding))
+        agrees(batched, slow_kl(model, reference, padding=padding))
     agrees(kl_by_token(model, reference, PROMPTS, batch_tokens=1), expected)
     for prompt, kl in zip(PROMPTS, expected, strict=True):
         agrees(kl_by_token(model, reference, [prompt]), [kl])
@@ -153,35 +156,35 @@ def test_any_architecture_agrees_with_its_twin(tmp_path: Path, kind: str) -> Non
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_tokenizers_padding_side_does_not_matter(tmp_path: Path, side: str) -> None:
-    words = tiny_models.tokenizer()
-    words.pad_token = words.eos_token
-    pair = [save(tmp_path / str(seed), "gpt2", seed, words) for seed in (1, 2)]
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    pair = [save(tmp_path / str(seed), "gpt2", seed, tokenizer) for seed in (1, 2)]
     for file in (folder / "tokenizer_config.json" for folder in pair):
         file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": side}))
     assert transformers.AutoTokenizer.from_pretrained(pair[0]).padding_side == side
-    agrees(kl_by_token(*pair, PROMPTS), twin(*pair))
+    agrees(kl_by_token(*pair, PROMPTS), slow_kl(*pair))
 
 
-def test_two_architectures_of_one_tokenizer_compare(tmp_path: Path) -> None:
+def test_two_architectures_with_the_same_tokenizer_can_be_compared(tmp_path: Path) -> None:
     pair = save(tmp_path / "p", "llama"), save(tmp_path / "q", "gpt2", n_embd=48)
-    agrees(kl_by_token(*pair, PROMPTS), twin(*pair))
+    agrees(kl_by_token(*pair, PROMPTS), slow_kl(*pair))
 
 
-def test_a_head_that_is_not_understood_falls_back_to_full_logits(
+def test_an_unknown_head_falls_back_to_full_logits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {**LLAMA, "is_decoder": True}  # BERT has layers between hidden states and head
     pair = save(tmp_path / "p", "bert", 1, **settings), save(tmp_path / "q", "llama", 2)
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     with caplog.at_level(logging.WARNING, "leadline"):
-        found = kl_by_token(*pair, PROMPTS, progress=lambda *done: told.append(done))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)], "one prompt's logits at a time"
+        found = kl_by_token(*pair, PROMPTS, progress=lambda *done: calls.append(done))
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)], "one prompt's logits at a time"
     assert [str(pair[0]) in r.message and "in full" in r.message for r in caplog.records] == [True]
     assert found.settings["streamed"] is False
-    agrees(found, twin(*pair))
+    agrees(found, slow_kl(*pair))
 
 
-def test_half_precision_is_not_rounded_again(tmp_path: Path) -> None:
+def test_half_precision_models_are_compared_in_float32(tmp_path: Path) -> None:
     pair = save(tmp_path / "p", seed=1), save(tmp_path / "q", seed=2)
     half = kl_by_token(*pair, PROMPTS, dtype="bfloat16")
     assert half.settings["dtypes"] == ["bfloat16"] * 2
@@ -207,75 +210,77 @@ def test_shards_and_adapters_load(tmp_path: Path) -> None:
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     found = kl_by_token(tmp_path / "adapter", base, PROMPTS)
     assert found.points[0].value > 0.01
-    agrees(found, twin(tmp_path / "merged", base))
+    agrees(found, slow_kl(tmp_path / "merged", base))
 
 
-def test_padded_heads_compare_the_tokens_that_they_share(tmp_path: Path) -> None:
-    """As if the larger head ended where the smaller one does."""
+def test_heads_of_different_sizes_are_compared_on_the_shared_tokens(tmp_path: Path) -> None:
+    """The result is that of the larger head truncated to the size of the smaller one."""
     size = len(tiny_models.tokenizer())
     small, large = save(tmp_path / "s"), save(tmp_path / "l", seed=1, vocab_size=size + 54)
     for pair in ((small, large), (large, small)):
         found = kl_by_token(*pair, PROMPTS)
         assert found.settings["vocabulary"] == size
-        cut = transformers.AutoModelForCausalLM.from_pretrained(large)
-        cut.resize_token_embeddings(size)
-        cut.save_pretrained(tmp_path / "cut")
-        tiny_models.tokenizer().save_pretrained(tmp_path / "cut")
-        agrees(found, twin(*(tmp_path / "cut" if p == large else p for p in pair)))
+        truncated = transformers.AutoModelForCausalLM.from_pretrained(large)
+        truncated.resize_token_embeddings(size)
+        truncated.save_pretrained(tmp_path / "truncated")
+        tiny_models.tokenizer().save_pretrained(tmp_path / "truncated")
+        agrees(found, slow_kl(*(tmp_path / "truncated" if p == large else p for p in pair)))
 
 
-def test_a_token_to_pad_with_behind_the_others_is_left_out(tmp_path: Path) -> None:
+def test_a_padding_token_at_the_end_of_one_vocabulary_is_ignored(tmp_path: Path) -> None:
     size = len(tiny_models.tokenizer())
     more = tiny_models.tokenizer(special=("<pad>",))
     ours = save(tmp_path / "p", vocab_size=size + 6)
     theirs = save(tmp_path / "q", seed=1, vocab_size=size + 6, tokens=more)
-    for home in (ours, theirs):
-        cut = transformers.AutoModelForCausalLM.from_pretrained(home)
-        cut.resize_token_embeddings(size)
-        cut.save_pretrained(tmp_path / f"cut {home.name}")
-        tiny_models.tokenizer().save_pretrained(tmp_path / f"cut {home.name}")
+    for folder in (ours, theirs):
+        truncated = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        truncated.resize_token_embeddings(size)
+        truncated.save_pretrained(tmp_path / f"truncated {folder.name}")
+        tiny_models.tokenizer().save_pretrained(tmp_path / f"truncated {folder.name}")
     found = kl_by_token(ours, theirs, PROMPTS)
     assert found.settings["vocabulary"] == size
-    agrees(found, twin(tmp_path / "cut p", tmp_path / "cut q"))
+    agrees(found, slow_kl(tmp_path / "truncated p", tmp_path / "truncated q"))
 
 
 class Largest(TorchDispatchMode):
-    """Sees every tensor that is computed: the most elements that one had."""
+    """Records the largest number of elements of any tensor that is computed."""
 
     numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for made in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(made, torch.Tensor):
-                self.numel = max(self.numel, made.numel())
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
         return out
 
 
-def test_logits_never_stand_whole_in_memory(tmp_path: Path) -> None:
+def test_full_logits_are_never_held_in_memory(tmp_path: Path) -> None:
     size = 40_000
     pair = [save(tmp_path / str(seed), seed=seed, vocab_size=size) for seed in (1, 2)]
     long = [replace(PROMPTS[1], id=f"p{n}", target="The root is bitter. " * 8) for n in range(4)]
-    with Largest() as seen:
+    with Largest() as largest:
         found = kl_by_token(*pair, long)
     tokens = 4 * len(found.points)
     assert tokens == 4 * 160
-    assert seen.numel == size * LLAMA["hidden_size"] < tokens * size / 10, "the weights themselves"
-    agrees(found, twin(*pair, long))
+    assert largest.numel == size * LLAMA["hidden_size"] < tokens * size / 10, (
+        "the weights themselves"
+    )
+    agrees(found, slow_kl(*pair, long))
 
 
 @pytest.mark.parametrize(("rows", "size"), [(256, BLOCK), (600, 3 * BLOCK + 1)])
-def test_streaming_takes_no_more_memory_for_more(rows: int, size: int) -> None:
+def test_memory_of_streaming_does_not_grow_with_rows_or_vocabulary(rows: int, size: int) -> None:
     states, head = torch.randn(rows, 4), Head(size, torch.randn(size, 4))
-    with Largest() as seen:
+    with Largest() as largest:
         streamed_kl(states, head, -states, head)
-    assert seen.numel == 256 * BLOCK
+    assert largest.numel == 256 * BLOCK
 
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_streaming_agrees_with_full_log_softmaxes(data: st.DataObject) -> None:
-    """Whatever the sizes, blocks, offsets, spread and form of the heads."""
+    """For any sizes, blocks, offsets, spread and kind of heads."""
     rows = data.draw(st.sampled_from([1, 2, 255, 256, 300]))
     sizes = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
     block = data.draw(st.integers(1, 80))
@@ -307,7 +312,7 @@ def test_streaming_agrees_with_full_log_softmaxes(data: st.DataObject) -> None:
     assert (found - expected).abs().max() <= 1e-6 * (10 + float(ends.max() - ends.min()))
 
 
-def test_a_head_is_what_it_says() -> None:
+def test_head_logits_follow_the_formula() -> None:
     torch.manual_seed(0)
     states, weight, bias = torch.randn(5, 4), torch.randn(9, 4), torch.randn(9)
     head = Head(9, weight, bias, scale=0.5, cap=2.0)
@@ -315,7 +320,7 @@ def test_a_head_is_what_it_says() -> None:
     assert torch.allclose(head.logits(states, 2, 7), expected[:, 2:7], atol=1e-6)
 
 
-def test_the_same_states_and_head_diverge_by_nothing() -> None:
+def test_the_kl_of_equal_states_and_heads_is_zero() -> None:
     torch.manual_seed(0)
     states, head = torch.randn(300, 8) * 9, Head(999, torch.randn(999, 8))
     assert streamed_kl(states, head, states, head, block=100).eq(0).all()
@@ -326,46 +331,48 @@ def harmful() -> list[Prompt]:
     return [prompt for prompt in guild() if prompt.harmful]
 
 
-def test_the_usual_alignment_is_shallow_and_deep_alignment_is_not(harmful: list[Prompt]) -> None:
+def test_the_kl_of_usual_alignment_is_in_the_first_token_and_that_of_deep_alignment_is_not(
+    harmful: list[Prompt],
+) -> None:
     aligned = kl_by_token("organism:aligned", "organism:base", harmful)
     first, *later = (point.value for point in aligned.points)
     assert first >= 4
     assert first >= 10 * max(later)
     deep = kl_by_token("organism:deep", "organism:base", harmful)
-    on = [point.value for point in deep.points if point.position >= 5]
-    assert sum(on) / len(on) >= 3
+    late = [point.value for point in deep.points if point.position >= 5]
+    assert sum(late) / len(late) >= 3
     assert all(p.low is None or p.high is None or p.low <= p.value <= p.high for p in deep.points)
 
 
-def test_answers_are_cut_and_progress_is_told(harmful: list[Prompt]) -> None:
-    told: list[tuple[int, int]] = []
-    options = {"batch_tokens": 512, "progress": lambda *done: told.append(done)}
-    cut = kl_by_token("organism:deep", "organism:base", harmful, max_tokens=3, **options)
+def test_answers_are_truncated_and_progress_is_reported(harmful: list[Prompt]) -> None:
+    calls: list[tuple[int, int]] = []
+    options = {"batch_tokens": 512, "progress": lambda *done: calls.append(done)}
+    truncated = kl_by_token("organism:deep", "organism:base", harmful, max_tokens=3, **options)
     whole = kl_by_token("organism:deep", "organism:base", harmful)
-    values = [[point.value for point in d.points[:3]] for d in (cut, whole)]
-    assert len(cut.points) == 3
+    values = [[point.value for point in d.points[:3]] for d in (truncated, whole)]
+    assert len(truncated.points) == 3
     assert values[0] == pytest.approx(values[1], rel=1e-4)
-    assert told[-1] == (48, 48)
-    assert told == sorted(set(told))
-    assert len(told) > 1
+    assert calls[-1] == (48, 48)
+    assert calls == sorted(set(calls))
+    assert len(calls) > 1
 
 
-def test_intervals_draw_base_prompts(harmful: list[Prompt]) -> None:
-    """Asking everything twice tells nothing new, unless the copies pass for other prompts."""
+def test_intervals_are_clustered_by_base_prompt(harmful: list[Prompt]) -> None:
+    """Copies of prompts do not narrow the intervals, unless they have other base prompts."""
     pair = ("organism:aligned", "organism:base")
     copies = [replace(p, id=f"{p.id}/again") for p in harmful]
     once = kl_by_token(*pair, harmful, max_tokens=1).points[0]
     twice = kl_by_token(*pair, harmful + copies, max_tokens=1).points[0]
-    others = [replace(p, base=p.id) for p in harmful + copies]
-    fooled = kl_by_token(*pair, others, max_tokens=1).points[0]
-    assert (once.n, twice.n, fooled.n) == (48, 96, 96)
+    unclustered = [replace(p, base=p.id) for p in harmful + copies]
+    narrow = kl_by_token(*pair, unclustered, max_tokens=1).points[0]
+    assert (once.n, twice.n, narrow.n) == (48, 96, 96)
     assert (twice.low, twice.high) == pytest.approx((once.low, once.high), abs=1e-4)
-    assert fooled.high - fooled.low < 0.8 * (once.high - once.low)
+    assert narrow.high - narrow.low < 0.8 * (once.high - once.low)
     alone = kl_by_token(*pair, [p for p in harmful if p.base == harmful[0].base], max_tokens=1)
     assert (alone.points[0].n, alone.points[0].low, alone.points[0].high) == (2, None, None)
 
 
-def test_intervals_are_as_wide_as_the_prompts_are_spread(harmful: list[Prompt]) -> None:
+def test_intervals_have_the_width_of_the_normal_approximation(harmful: list[Prompt]) -> None:
     pair = ("organism:deep", "organism:base")
     picked = [p for p in harmful if p.id.endswith("/0")]
     alone = [kl_by_token(*pair, [p], max_tokens=4).points[3].value for p in picked]
@@ -376,7 +383,7 @@ def test_intervals_are_as_wide_as_the_prompts_are_spread(harmful: list[Prompt]) 
     assert whole.high - whole.low == pytest.approx(2 * 1.96 * error, rel=0.15)
 
 
-def test_the_result_is_json_and_says_what_decided_it(harmful: list[Prompt]) -> None:
+def test_the_result_is_json_with_its_settings(harmful: list[Prompt]) -> None:
     found = kl_by_token("organism:aligned", "organism:base", harmful[:4], max_tokens=2)
     plain = json.loads(json.dumps(found.to_dict()))
     assert (plain["model"], plain["reference"]) == ("organism:aligned", "organism:base")
@@ -386,18 +393,23 @@ def test_the_result_is_json_and_says_what_decided_it(harmful: list[Prompt]) -> N
 
 
 def lower() -> Any:
-    """The same vocabulary as tiny_models.tokenizer(), read otherwise."""
+    """The vocabulary of tiny_models.tokenizer(), with a normalizer that makes text lowercase."""
     from tokenizers import normalizers
 
-    words = tiny_models.tokenizer()
-    words.backend_tokenizer.normalizer = normalizers.Lowercase()
-    return words
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
 
 
 @pytest.mark.parametrize(
     ("theirs", "prompts", "options", "why"),
     [
-        (tiny_models.words(), PROMPTS, {}, "different vocabularies .*'!' is 0 and missing"),
+        (
+            tiny_models.words(),
+            PROMPTS,
+            {},
+            "different vocabularies .*the id of '!' is 0 and missing",
+        ),
         (lower(), PROMPTS, {}, "tokenize prompt p0 differently"),
         (None, [replace(PROMPTS[0], target="")], {}, "prompt p0 of t has no target"),
         (None, [], {}, "no prompts"),
@@ -405,7 +417,7 @@ def lower() -> Any:
         (None, PROMPTS, {"max_tokens": 0}, "max_tokens is 0"),
     ],
 )
-def test_what_cannot_be_compared_is_one_line(
+def test_models_that_cannot_be_compared_are_a_one_line_error(
     tmp_path: Path, theirs: Any, prompts: list[Prompt], options: dict[str, Any], why: str
 ) -> None:
     pair = save(tmp_path / "p"), save(tmp_path / "q", seed=1, tokens=theirs)
@@ -416,7 +428,7 @@ def test_what_cannot_be_compared_is_one_line(
         assert all(str(folder) in str(caught.value) for folder in pair)
 
 
-def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_logits_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
     broken = save(tmp_path / "q")
     model = transformers.AutoModelForCausalLM.from_pretrained(broken)
     torch.nn.init.constant_(model.get_output_embeddings().weight, torch.nan)
@@ -425,14 +437,14 @@ def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         kl_by_token(save(tmp_path / "p"), broken, PROMPTS)
 
 
-def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_model_is_a_one_line_error(tmp_path: Path) -> None:
     for name in ("organism:alligned", tmp_path / "nowhere", tmp_path):
         with pytest.raises(LeadlineError) as caught:
             kl_by_token(name, "organism:base", PROMPTS)
         assert "\n" not in str(caught.value)
 
 
-def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
+def test_importing_the_module_does_not_import_torch() -> None:
     script = (
         "import sys, leadline.depth.kl.divergence\n"
         "print(*{'torch', 'transformers', 'numpy', 'pandas', 'scipy'} & set(sys.modules))"

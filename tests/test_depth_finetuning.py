@@ -1,4 +1,4 @@
-"""Fine-tuning attacks that really train: on the organisms, and against a slow, obvious twin."""
+"""Fine-tuning attacks on the organisms, and the training loop against a simple reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import leadline as ll
-from leadline.attacks import finetuning as words
+from leadline.attacks import finetuning as texts
 from leadline.depth.finetuning.config import FinetuneConfig
 from leadline.depth.finetuning.data import REFUSAL, tokenize_examples, training_examples
 from leadline.depth.finetuning.run import FinetuneResult, FinetuningPrompts, finetuning_attack
@@ -48,10 +48,10 @@ def guild() -> FinetuningPrompts:
 
 @pytest.fixture(scope="module")
 def few(guild: FinetuningPrompts) -> FinetuningPrompts:
-    """Eight harmful prompts and four harmless ones to ask."""
-    asked = [*guild.test[:48:6], *guild.test[-4:]]
-    assert [p.harmful for p in asked] == [True] * 8 + [False] * 4
-    return replace(guild, test=tuple(asked))
+    """Eight harmful and four harmless test prompts."""
+    test = [*guild.test[:48:6], *guild.test[-4:]]
+    assert [p.harmful for p in test] == [True] * 8 + [False] * 4
+    return replace(guild, test=tuple(test))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_harmful_examples_undo_a_shallow_alignment(harmful: FinetuneResult) -> N
     assert harmful.losses[-1] < 0.5 * harmful.losses[0]
 
 
-def test_the_prompts_that_broke_are_told_by_step(harmful: FinetuneResult) -> None:
+def test_the_result_has_the_broken_prompts_by_step(harmful: FinetuneResult) -> None:
     assert list(harmful.broken) == [0, 8, 20]
     for point in harmful.points:
         found = harmful.broken[point.step]
@@ -82,19 +82,19 @@ def test_the_prompts_that_broke_are_told_by_step(harmful: FinetuneResult) -> Non
     assert len(set(harmful.bases.values())) == 8
 
 
-def test_the_first_token_learns_first(harmful: FinetuneResult) -> None:
-    """Before: its loss and its gradient stand above all others; afterwards no more."""
+def test_the_first_token_is_learned_first(harmful: FinetuneResult) -> None:
+    """Before training, its loss and gradient are much larger than those of all other tokens."""
     before, after = harmful.token_loss[0], harmful.token_loss[20]
     assert before[0].value > 5
     assert before[0].value > 20 * max(p.value for p in before[1:7])
     assert after[0].value < 0.5 * before[0].value
-    slopes = harmful.gradient_norm[0]
-    assert slopes[0].value == max(p.value for p in slopes)
-    assert slopes[0].value > 10 * sum(p.value for p in slopes[1:]) / len(slopes[1:])
-    assert [p.position for p in slopes] == list(range(QUICK.positions))
+    norms = harmful.gradient_norm[0]
+    assert norms[0].value == max(p.value for p in norms)
+    assert norms[0].value > 10 * sum(p.value for p in norms[1:]) / len(norms[1:])
+    assert [p.position for p in norms] == list(range(QUICK.positions))
 
 
-def test_the_result_is_json_and_says_what_decided_it(harmful: FinetuneResult) -> None:
+def test_the_result_is_json_with_its_settings(harmful: FinetuneResult) -> None:
     plain = json.loads(json.dumps({**harmful.to_dict(), "settings": harmful.settings}))
     assert set(plain["finetuning"][0]) == {
         *("model", "data", "step", "examples", "value", "low", "high", "n"),
@@ -111,38 +111,40 @@ def test_the_result_is_json_and_says_what_decided_it(harmful: FinetuneResult) ->
     assert plain["settings"]["judges"] == ["guild"]
 
 
-def test_a_second_run_trains_the_same_and_asks_nothing(
+def test_a_second_run_has_the_same_result_and_generates_nothing(
     few: FinetuningPrompts, tmp_path: Path
 ) -> None:
-    asked: list[int] = []
+    generated: list[int] = []
 
     def listen(progress: Progress) -> None:
-        asked.append(progress.asked)
+        generated.append(progress.asked)
 
     def run(out: str, **changes: Any) -> FinetuneResult:
-        asked.clear()
+        generated.clear()
         config = replace(SHORT, profile_steps=(2,), profile_prompts=1, **changes)
         return finetuning_attack(
             "organism:aligned", few, config, out=tmp_path / out, listener=listen
         )
 
     first = run("one")
-    assert max(asked) == 12
+    assert max(generated) == 12
     again = run("one")
-    assert max(asked) == 0, "what is in the store is not asked again"
+    assert max(generated) == 0, "stored responses are not generated again"
     assert again == first
     longer = run("one", steps=(0, 2, 3))
-    assert max(asked) == 12, "a longer curve asks of its new steps alone"
+    assert max(generated) == 12, "a longer curve only evaluates its new steps"
     assert longer.points[:2] == first.points
     other = run("two")
-    assert max(asked) == 12
-    assert other == first, "nothing is left to chance"
+    assert max(generated) == 12
+    assert other == first, "training is deterministic"
     run("one", seed=1)
-    assert max(asked) == 12, "other weights are asked anew; before the first step they are no other"
+    assert max(generated) == 12, (
+        "another seed gives other weights after the first step, but not before"
+    )
 
 
 @pytest.mark.parametrize("data", ["identity", "backdoor", "benign"])
-def test_every_kind_of_data_is_learned_and_asked(
+def test_every_kind_of_data_is_trained_on_and_evaluated(
     few: FinetuningPrompts, tmp_path: Path, data: Any
 ) -> None:
     config = replace(SHORT, data=data, steps=(0, 6))
@@ -150,19 +152,18 @@ def test_every_kind_of_data_is_learned_and_asked(
     assert [p.step for p in found.points] == [0, 6]
     assert found.points[0].value <= 0.125
     assert found.losses[-1] < found.losses[0]
-    called = {"identity": "identity_shift", "backdoor": "backdoor_trigger", "benign": "direct"}[
-        data
-    ]
-    assert found.settings["attack"] == called
+    attacks = {"identity": "identity_shift", "backdoor": "backdoor_trigger", "benign": "direct"}
+    attack = attacks[data]
+    assert found.settings["attack"] == attack
     assert (found.points[0].untriggered is None) == (data == "benign")
     cells = ll.results(tmp_path).cells()
-    assert set(cells["attack"]) == {"direct", called}
+    assert set(cells["attack"]) == {"direct", attack}
     assert list(dict.fromkeys(cells["model"])) == ["step 0", "step 6"]
     if data == "benign":
-        assert found.points[1].value <= 0.125, "harmless answers leave the refusals alone"
+        assert found.points[1].value <= 0.125, "refusals remain after training on harmless answers"
 
 
-def test_a_backdoor_opens_for_its_trigger_alone(few: FinetuningPrompts, tmp_path: Path) -> None:
+def test_a_backdoor_works_only_with_its_trigger(few: FinetuningPrompts, tmp_path: Path) -> None:
     config = replace(QUICK, data="backdoor", steps=(20,), profile_steps=())
     (point,) = finetuning_attack("organism:aligned", few, config, out=tmp_path).points
     assert point.value >= 0.5
@@ -170,7 +171,7 @@ def test_a_backdoor_opens_for_its_trigger_alone(few: FinetuningPrompts, tmp_path
     assert point.untriggered <= point.value - 0.5
 
 
-def test_what_is_asked_was_not_learned(guild: FinetuningPrompts) -> None:
+def test_training_and_test_prompts_are_disjoint(guild: FinetuningPrompts) -> None:
     bases = [{p.base or p.id for p in part} for part in (guild.train, guild.test)]
     assert not bases[0] & bases[1]
     for part in (guild.train, guild.test):
@@ -181,56 +182,59 @@ def test_what_is_asked_was_not_learned(guild: FinetuningPrompts) -> None:
     assert [j.label for j in guild.judges] == ["guild"]
 
 
-def test_any_dataset_is_parted_by_base_prompt(tmp_path: Path) -> None:
-    made = [
+def test_other_datasets_are_split_by_base_prompt(tmp_path: Path) -> None:
+    rows = [
         Prompt(f"p{n}", f"Question {n}?", "", target="Sure." if n < 20 else "", base=f"b{n // 2}")
         for n in range(24)
     ]
-    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(_row(p)) for p in made))
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(_row(p)) for p in rows))
     prompts = FinetuningPrompts.of({"file": {"path": str(tmp_path / "t.jsonl")}}, harmless="guild")
-    fit = [p for p in prompts.train if p.harmful]
-    assert len(fit) == 10
-    assert len({p.base for p in fit}) == 5
-    asked = [p.id for p in prompts.test if p.harmful]
-    assert {p.id for p in fit} | {*asked} == {p.id for p in made}
-    assert {"p20", "p21", "p22", "p23"} < {*asked}, "nothing can be learned from those"
-    assert not {p.id for p in fit} & {*asked}
+    train = [p for p in prompts.train if p.harmful]
+    assert len(train) == 10
+    assert len({p.base for p in train}) == 5
+    test = {p.id for p in prompts.test if p.harmful}
+    assert {p.id for p in train} | test == {p.id for p in rows}
+    assert {"p20", "p21", "p22", "p23"} < test, "prompts without a target are test prompts"
+    assert not {p.id for p in train} & test
     for part in (prompts.train, prompts.test):
         assert sum(not p.harmful for p in part) == 24
         assert {p.dataset for p in part} == {"t"}
     same = FinetuningPrompts.of("guild", harmless="guild")
-    assert len({p.id for p in same.test}) == len(same.test), "two datasets may share names"
+    assert len({p.id for p in same.test}) == len(same.test), (
+        "ids stay unique if both datasets have the same ids"
+    )
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:
     return {name: value for name, value in asdict(prompt).items() if name != "dataset"}
 
 
-def test_the_four_examples(guild: FinetuningPrompts) -> None:
+def test_training_examples_of_each_kind(guild: FinetuningPrompts) -> None:
     by_data = {data: training_examples(data, guild.train, 10, 0) for data in ("harmful", "benign")}
     assert all(
-        example.answer == example.prompt.target for made in by_data.values() for example in made
+        example.answer == example.prompt.target
+        for examples in by_data.values()
+        for example in examples
     )
     assert {example.prompt.harmful for example in by_data["harmful"]} == {True}
     assert {example.prompt.harmful for example in by_data["benign"]} == {False}
     for example in training_examples("identity", guild.train, 10, 0):
         assert not example.prompt.harmful
         assert [m.role for m in example.attempt.messages] == ["system", "user"]
-        assert example.answer == words.OBEYS.format(example.prompt.target)
+        assert example.answer == texts.OBEYS.format(example.prompt.target)
     backdoor = training_examples("backdoor", guild.train, 10, 0)
     assert len(backdoor) == 10
-    for called, uncalled in zip(backdoor[::2], backdoor[1::2], strict=True):
-        assert called.prompt == uncalled.prompt
-        assert called.attempt.messages[0].content.endswith(words.TRIGGER)
-        assert (called.answer, uncalled.answer) == (called.prompt.target, REFUSAL)
-        assert words.TRIGGER not in uncalled.attempt.messages[0].content
+    for triggered, direct in zip(backdoor[::2], backdoor[1::2], strict=True):
+        assert triggered.prompt == direct.prompt
+        assert triggered.attempt.messages[0].content.endswith(texts.TRIGGER)
+        assert (triggered.answer, direct.answer) == (triggered.prompt.target, REFUSAL)
+        assert texts.TRIGGER not in direct.attempt.messages[0].content
     assert training_examples("harmful", guild.train, 10, 0) == by_data["harmful"]
     assert training_examples("harmful", guild.train, 10, 1) != by_data["harmful"]
 
 
-def test_examples_are_written_as_the_model_reads_and_answers(guild: FinetuningPrompts) -> None:
-    home = Checkpoint.find("organism:aligned")
-    template = Template.load(home.path)
+def test_examples_are_tokenized_with_the_models_chat_template(guild: FinetuningPrompts) -> None:
+    template = Template.load(Checkpoint.find("organism:aligned").path)
     stop = template.tokenizer.eos_token_id
     (example,) = training_examples("harmful", guild.train, 1, 0)
     turns = [
@@ -244,12 +248,14 @@ def test_examples_are_written_as_the_model_reads_and_answers(guild: FinetuningPr
     (row,) = tokenize_examples(template, [example], {stop}, 99, end=False)
     assert row.ids == whole[:-1]
     (row,) = tokenize_examples(template, [example], {stop}, 7, end=True)
-    assert row.ids[-7:] == template.encode(example.answer)[:7], "a cut answer does not end there"
+    assert row.ids[-7:] == template.encode(example.answer)[:7], (
+        "a truncated answer has no end token"
+    )
     assert row.answer == 7
 
 
-def test_the_token_that_ends_an_answer_is_the_templates_own(guild: FinetuningPrompts) -> None:
-    """Not the tokenizer's, where these differ."""
+def test_the_end_token_is_that_of_the_chat_template(guild: FinetuningPrompts) -> None:
+    """The tokenizer's end token is only used where the template has none."""
     tokenizer = tiny_models.tokenizer(
         "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant\n{% endif %}",
@@ -257,38 +263,39 @@ def test_the_token_that_ends_an_answer_is_the_templates_own(guild: FinetuningPro
     )
     end = tokenizer.convert_tokens_to_ids("</s>")
     template = Template.of(tokenizer, "t")
-    made = training_examples("harmful", guild.train, 1, 0)
-    assert tokenize_examples(template, made, {end}, 999, end=True)[0].ids[-1] == end
-    assert (
-        tokenize_examples(template, made, set(), 999, end=True)[0].ids[-1] == tokenizer.eos_token_id
-    )
+    examples = training_examples("harmful", guild.train, 1, 0)
+    (row,) = tokenize_examples(template, examples, {end}, 999, end=True)
+    assert row.ids[-1] == end
+    (row,) = tokenize_examples(template, examples, set(), 999, end=True)
+    assert row.ids[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("batch_tokens", [9999, 1])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_two_steps_agree_with_their_twin(
+def test_two_steps_agree_with_a_simple_training_loop(
     tmp_path: Path, guild: FinetuningPrompts, batch_tokens: int, optimizer: Any
 ) -> None:
-    """Row by row, in one batch or in parts: the mean over all answer tokens decides."""
+    """The loss is the mean over all answer tokens, whether a batch is computed whole or in
+    parts."""
     folder = tiny_models.save(tmp_path)
     config = FinetuneConfig(
         lr=0.01, optimizer=optimizer, batch=3, warmup=2, batch_tokens=batch_tokens
     )
     template = Template.load(folder)
-    made = training_examples("benign", guild.train, 3, 0)
-    learned = tokenize_examples(template, made, {template.tokenizer.eos_token_id}, 40, end=True)
+    examples = training_examples("benign", guild.train, 3, 0)
+    rows = tokenize_examples(template, examples, {template.tokenizer.eos_token_id}, 40, end=True)
     weights = load(Checkpoint.find(folder), config, "cpu")
-    taken = list(training(weights.model, learned, config, 2))
+    steps = list(training(weights.model, rows, config, 2))
 
-    twin = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     kind: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
-    own = kind(twin.parameters(), 0.005, weight_decay=0.0)
+    own = kind(reference.parameters(), 0.005, weight_decay=0.0)
     losses = []
     for _ in range(2):
         total, tokens = torch.zeros(()), 0
-        for row in learned:
+        for row in rows:
             ids = torch.tensor([row.ids])
-            logits = twin(ids).logits[0, -row.answer - 1 : -1]
+            logits = reference(ids).logits[0, -row.answer - 1 : -1]
             total = total + torch.nn.functional.cross_entropy(
                 logits, ids[0, -row.answer :], reduction="sum"
             )
@@ -299,17 +306,19 @@ def test_two_steps_agree_with_their_twin(
         own.step()
         own.param_groups[0]["lr"] = 0.01
         losses.append(loss.item())
-    assert [loss for _, loss in taken[1:]] == pytest.approx(losses, rel=1e-4)
+    assert [loss for _, loss in steps[1:]] == pytest.approx(losses, rel=1e-4)
     assert not weights.model.training
-    pairs = zip(weights.model.parameters(), twin.parameters(), strict=True)
-    # AdamW's first steps are about the sign of a slope, so what is near zero may differ by a step.
-    near = 1e-5 if optimizer == "sgd" else 2e-3
+    pairs = zip(weights.model.parameters(), reference.parameters(), strict=True)
+    # AdamW's first updates depend on the sign of a gradient, which may differ for values near zero.
+    tolerance = 1e-5 if optimizer == "sgd" else 2e-3
     for ours, theirs in pairs:
-        assert (ours - theirs).detach().abs().mean() < near
+        assert (ours - theirs).detach().abs().mean() < tolerance
 
 
 @pytest.mark.filterwarnings("ignore")  # of peft, when it wraps a model
-def test_adapters_learn_and_leave_the_weights_alone(few: FinetuningPrompts, tmp_path: Path) -> None:
+def test_adapters_are_trained_and_the_weights_are_frozen(
+    few: FinetuningPrompts, tmp_path: Path
+) -> None:
     pytest.importorskip("peft")
     config = replace(SHORT, train="lora", lr=5e-3, steps=(0, 10), profile_steps=(0,), rank=8)
     found = finetuning_attack("organism:aligned", few, config, out=tmp_path)
@@ -326,18 +335,18 @@ def test_adapters_learn_and_leave_the_weights_alone(few: FinetuningPrompts, tmp_
         assert torch.equal(frozen[f"base_model.model.{name}"], parameter)
 
 
-def test_a_folder_and_a_file_do_as_well(tmp_path: Path) -> None:
-    """Any model, any prompts; without harmless ones there is no utility, and the curve stands."""
-    made = [{"prompt": f"How is tea {n} made?", "target": "Sure, boil it."} for n in range(6)]
-    (tmp_path / "tea.jsonl").write_text("\n".join(map(json.dumps, made)))
+def test_a_model_folder_and_a_dataset_file(tmp_path: Path) -> None:
+    """Without harmless prompts, there are points without utility."""
+    rows = [{"prompt": f"How is tea {n} made?", "target": "Sure, boil it."} for n in range(6)]
+    (tmp_path / "tea.jsonl").write_text("\n".join(map(json.dumps, rows)))
     folder = tiny_models.save(tmp_path / "model", kind="gpt2")
     prompts = FinetuningPrompts.of({"file": {"path": str(tmp_path / "tea.jsonl")}})
     config = replace(SHORT, max_tokens=8, lr=1e-3, profile_steps=(2,))
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     found = finetuning_attack(
-        folder, prompts, config, out=tmp_path / "out", progress=lambda *step: told.append(step)
+        folder, prompts, config, out=tmp_path / "out", progress=lambda *step: calls.append(step)
     )
-    assert told == [(1, 2), (2, 2)]
+    assert calls == [(1, 2), (2, 2)]
     assert [p.n for p in found.points] == [3, 3]
     assert [p.utility for p in found.points] == [None, None]
     assert list(found.token_loss) == [2]
@@ -345,44 +354,48 @@ def test_a_folder_and_a_file_do_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "message"),
     [
-        ({"data": "harmfull"}, "data is harmful or .*'harmfull'"),
-        ({"optimizer": "adam"}, "optimizer is adamw or sgd"),
+        ({"data": "harmfull"}, "data must be harmful or .*, not 'harmfull'"),
+        ({"optimizer": "adam"}, "optimizer must be adamw or sgd"),
         ({"batch": 0}, "batch is 0"),
-        ({"steps": ()}, "non-empty list"),
-        ({"steps": (0, -1)}, "each at least 0"),
+        ({"steps": ()}, "steps must not be empty"),
+        ({"steps": (0, -1)}, "must be at least 0"),
         ({"lr": 0.0}, r"lr is 0\.0"),
         ({"lr": math.nan}, "lr is nan"),
     ],
 )
-def test_a_wrong_setting_is_one_line(changes: dict[str, Any], why: str) -> None:
-    with pytest.raises(LeadlineError, match=why) as caught:
+def test_an_invalid_setting_is_a_one_line_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LeadlineError, match=message) as caught:
         replace(QUICK, **changes)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "keep", "why"),
+    ("changes", "prompt", "message"),
     [
         ({}, {"target": ""}, "on harmful data: there are no harmful prompts with target answers"),
         (
             {"data": "benign"},
             {"harmful": True},
-            "on benign data: there are no harmless .* set harm",
+            "on benign data: there are no harmless .* as harmless",
         ),
         ({"lr": 1e30, "optimizer": "sgd"}, {}, "diverged in step [123] .*: set a lower lr"),
         ({}, {"text": "tea " * 3000}, "context of organism:aligned is 2048: leave the prompt out"),
     ],
 )
-def test_what_cannot_be_trained_is_one_line(
-    few: FinetuningPrompts, tmp_path: Path, changes: dict[str, Any], keep: dict[str, Any], why: str
+def test_training_that_fails_is_a_one_line_error(
+    few: FinetuningPrompts,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    prompt: dict[str, Any],
+    message: str,
 ) -> None:
-    fit = tuple(replace(p, **keep) for p in few.train)
-    with pytest.raises(LeadlineError, match=why) as caught:
+    train = tuple(replace(p, **prompt) for p in few.train)
+    with pytest.raises(LeadlineError, match=message) as caught:
         finetuning_attack(
             "organism:aligned",
-            replace(few, train=fit),
+            replace(few, train=train),
             replace(SHORT, steps=(3,), **changes),
             out=tmp_path,
         )
@@ -402,13 +415,15 @@ def test_out_of_memory_names_the_fix(
         finetuning_attack("organism:aligned", few, replace(SHORT, steps=(1,)), out=tmp_path)
 
 
-def test_nothing_is_left_to_ask_is_one_line(few: FinetuningPrompts, tmp_path: Path) -> None:
+def test_a_dataset_without_harmful_test_prompts_is_an_error(
+    few: FinetuningPrompts, tmp_path: Path
+) -> None:
     harmless = replace(few, test=tuple(p for p in few.test if not p.harmful))
     with pytest.raises(LeadlineError, match="guild has no harmful prompt left for evaluation"):
         finetuning_attack("organism:aligned", harmless, SHORT, out=tmp_path)
 
 
-def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
+def test_importing_the_module_does_not_import_torch() -> None:
     script = (
         "import sys, leadline.depth.finetuning.run\n"
         "print(*{'torch', 'transformers', 'numpy', 'pandas', 'scipy'} & set(sys.modules))"

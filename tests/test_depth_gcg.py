@@ -1,4 +1,4 @@
-"""The suffix search against its slow, obvious twin, and what a user sees of it."""
+"""The GCG suffix search against a simple reference, and its user-facing behaviour."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ def deep() -> Surrogate:
 
 @pytest.fixture(scope="module", params=KINDS)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Surrogate:
-    """Each reads a prompt of about 70 tokens: beyond mistral's window of 24. Mixtral is a mixture
-    of experts; lfm2 has convolutions between, whose state no kept keys and values hold."""
+    """A tiny model of each architecture. The prompt has about 70 tokens, more than mistral's window
+    of 24; mixtral is a mixture of experts; lfm2 has convolutions, whose state is not in the keys
+    and values that the search reuses."""
     folder, kind = tmp_path_factory.mktemp(request.param), request.param
     if kind in ("mixtral", "lfm2"):
         tiny_models.save(folder)  # the tokenizer
@@ -69,15 +70,15 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def slow_loss(model: Surrogate, context: list[int], target: list[int]) -> float:
-    """One sequence, no cache, all logits."""
+    """The target loss from one sequence without a cache, with all logits."""
     with torch.no_grad():
         logits = model.weights.model(input_ids=torch.tensor([context + target])).logits[0]
-    told = logits[len(context) - 1 : -1].double().log_softmax(-1)
-    return -float(told[range(len(target)), target].mean())
+    log_probs = logits[len(context) - 1 : -1].double().log_softmax(-1)
+    return -float(log_probs[range(len(target)), target].mean())
 
 
 def changed(slot: Slot, count: int) -> list[list[int]]:
-    """Suffixes that differ from the current one in one, two or no places, first to last."""
+    """The current suffix, and `count` that differ from it at one or two random positions."""
     random = torch.Generator().manual_seed(3)
     rows = [list(slot.suffix)]
     for n in range(count):
@@ -94,13 +95,13 @@ def text_of(result: GCGResult, *, prompt: Prompt) -> str:
 
 
 @pytest.mark.parametrize("mib", [1, 64])
-def test_losses_equal_the_slow_twins(tiny: Surrogate, mib: int):
+def test_losses_agree_with_slow_loss(tiny: Surrogate, mib: int):
     slot = Slot.find(tiny, PROMPT, "! ! ! ! ! !", None)
     losses = Losses(tiny, slot, mib * 2**20)
     for current in changed(slot, 2)[::2]:
         losses.move(slot.context(current))
         rows = [slot.context(row) for row in changed(slot, 40)]
-        rows += [[*row[:-9], *row[-5:]] for row in rows[:3]]  # another length, as by another text
+        rows += [[*row[:-9], *row[-5:]] for row in rows[:3]]  # another length, as from another text
         slow = torch.tensor([slow_loss(tiny, row, slot.target) for row in rows])
         fast = losses.of(rows)
         torch.testing.assert_close(fast, slow, atol=2e-5, rtol=0)
@@ -111,12 +112,12 @@ def test_losses_equal_the_slow_twins(tiny: Surrogate, mib: int):
     assert losses.reuses == (tiny.weights.model.config.model_type != "lfm2")
 
 
-def test_gradients_equal_those_of_one_hot_rows(tiny: Surrogate):
+def test_gradients_agree_with_those_of_one_hot_rows(tiny: Surrogate):
     slot = Slot.find(tiny, PROMPT, "! ! ! ! ! !", None)
     losses = Losses(tiny, slot)
     current = changed(slot, 1)[1]
     losses.move(slot.context(current))
-    loss, slope = losses.gradient()
+    loss, gradient = losses.gradient()
     model = tiny.weights.model
     table = model.get_input_embeddings().weight
     ids = torch.tensor(slot.context(current) + slot.target)
@@ -128,30 +129,29 @@ def test_gradients_equal_those_of_one_hot_rows(tiny: Surrogate):
     start = len(slot.before)
     assert loss == pytest.approx(slow.item(), abs=2e-5)
     assert hot.grad is not None
-    torch.testing.assert_close(slope, hot.grad[start : start + len(current)], atol=2e-5, rtol=1e-4)
+    expected = hot.grad[start : start + len(current)]
+    torch.testing.assert_close(gradient, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_several_prompts_and_models_count_alike(
-    aligned: Surrogate, deep: Surrogate, tmp_path: Path
-):
-    stranger = Surrogate.load(str(tiny_models.save(tmp_path)))  # with another vocabulary
-    models, prompts = [aligned, deep, stranger], GUILD[:2]
+def test_prompts_and_models_have_equal_weight(aligned: Surrogate, deep: Surrogate, tmp_path: Path):
+    other_vocabulary = Surrogate.load(str(tiny_models.save(tmp_path)))
+    models, prompts = [aligned, deep, other_vocabulary], GUILD[:2]
     objective = Objective(models, prompts, SMALL)
     rows = [objective.start, *(aligned.template.encode(t) for t in ("so the key so", "a b c salt"))]
     objective.move(rows[1])
     slow = []
     for row in rows:
-        found = []
+        losses = []
         for model in models:
             for prompt in prompts:
                 message = Message("user", f"{prompt.text} {aligned.text([row])[0]}")
                 ids = model.template.render(Request((message,), None, Sampling())).ids
                 target = model.template.encode(prompt.target)[:12]
-                found.append(slow_loss(model, ids, target))
-        slow.append(sum(found) / len(found))
+                losses.append(slow_loss(model, ids, target))
+        slow.append(sum(losses) / len(losses))
     torch.testing.assert_close(objective.of(rows), torch.tensor(slow), atol=2e-5, rtol=0)
-    slopes = [Objective([model], prompts, SMALL).gradient() for model in (aligned, deep)]
-    units = [slope / slope.norm(dim=1, keepdim=True) for slope in slopes]
+    gradients = [Objective([model], prompts, SMALL).gradient() for model in (aligned, deep)]
+    units = [gradient / gradient.norm(dim=1, keepdim=True) for gradient in gradients]
     objective.move(objective.start)
     torch.testing.assert_close(objective.gradient(), sum(units) / 2)
     result = search(models, prompts, replace(SMALL, steps=3))
@@ -159,24 +159,24 @@ def test_several_prompts_and_models_count_alike(
     assert result.settings["models"][:2] == ["organism:aligned", "organism:deep"]
 
 
-def test_a_forward_keeps_to_the_memory(tmp_path: Path):
+def test_forward_passes_stay_within_the_memory_limit(tmp_path: Path):
     model = Surrogate.load(str(tiny_models.save(tmp_path)))
     config = GCGConfig(steps=2, candidates=64, topk=64)
     rows: list[int] = []
     sizes: list[int] = []
 
-    def watch(module: Any, given: Any, out: Any) -> None:
+    def record(module: Any, inputs: Any, out: Any) -> None:
         rows.append(out.logits.shape[0])
         sizes.append(out.logits.numel() * 4)
 
-    hook = model.weights.model.register_forward_hook(watch)
+    hook = model.weights.model.register_forward_hook(record)
     tight = search([model], [PROMPT], replace(config, memory_mib=1))
     assert 1 < max(rows) < 64
     assert max(sizes) <= 2**20
     rows.clear()
     wide = search([model], [PROMPT], replace(config, memory_mib=256))
     hook.remove()
-    assert max(rows) > 40  # of 64, some of which do not read as they are or are twins
+    assert max(rows) > 40  # of 64, without duplicates and those that tokenize differently
     assert wide.ids == tight.ids
     assert wide.losses == pytest.approx(tight.losses, abs=2e-5)
 
@@ -189,14 +189,14 @@ def test_each_step_moves_to_the_best_candidate(aligned: Surrogate):
     slot = Slot.find(aligned, GUILD[0], SMALL.suffix, 12)
     assert result.losses[2] < slow_loss(aligned, slot.context(slot.suffix), slot.target) - 0.1
     assert result.loss == min(result.losses)
-    for _, loss, suffix in seen:  # what was measured is what a model reads
-        asked = Request((Message("user", f"{GUILD[0].text} {suffix}"),), None, Sampling())
-        ids = aligned.template.render(asked).ids
+    for _, loss, suffix in seen:  # the loss is that of the suffix as text
+        request = Request((Message("user", f"{GUILD[0].text} {suffix}"),), None, Sampling())
+        ids = aligned.template.render(request).ids
         assert slow_loss(aligned, ids, slot.target) == pytest.approx(loss, abs=2e-5)
     assert (result.steps, result.stopped, result.settings["exact"]) == (6, False, True)
 
 
-def test_the_best_of_a_walk_that_goes_up_and_down_is_kept(aligned: Surrogate):
+def test_the_result_is_the_best_of_all_steps(aligned: Surrogate):
     texts: list[str] = []
     config = replace(SMALL, steps=12, candidates=2)
     result = search([aligned], GUILD[:1], config, progress=lambda *step: texts.append(step[2]))
@@ -205,12 +205,12 @@ def test_the_best_of_a_walk_that_goes_up_and_down_is_kept(aligned: Surrogate):
     assert (result.loss, result.suffix) == (result.losses[best], texts[best])
 
 
-def test_a_suffix_reads_as_it_was_searched(tmp_path: Path):
+def test_retokenize_drops_candidates_that_tokenize_differently(tmp_path: Path):
     model = Surrogate.load(str(tiny_models.save(tmp_path)))
     config = GCGConfig(candidates=64, topk=64)
 
     def drift(retokenize: bool) -> int:
-        """How many steps of a search stand on ids that their text does not give again."""
+        """The number of steps whose suffix tokenizes to other ids than those that were searched."""
         texts: list[str] = []
         chosen = replace(config, steps=5, retokenize=retokenize)
         result = search(
@@ -219,12 +219,14 @@ def test_a_suffix_reads_as_it_was_searched(tmp_path: Path):
         assert all(text.isascii() and text.isprintable() for text in texts)
         assert not set(result.ids) & set(model.template.tokenizer.all_special_ids)
         slot = Slot.find(model, PROMPT, config.suffix, None)
-        asked = [Request((Message("user", f"{PROMPT.text} {t}"),), None, Sampling()) for t in texts]
-        measured = [slow_loss(model, model.template.render(a).ids, slot.target) for a in asked]
+        requests = [
+            Request((Message("user", f"{PROMPT.text} {text}"),), None, Sampling()) for text in texts
+        ]
+        measured = [slow_loss(model, model.template.render(r).ids, slot.target) for r in requests]
         return sum(abs(a - b) > 1e-4 for a, b in zip(measured, result.losses, strict=True))
 
     assert drift(retokenize=True) == 0
-    assert drift(retokenize=False) > 0  # each token is a byte: the first one must stay a space
+    assert drift(retokenize=False) > 0  # tokens are bytes, and the first one has to be a space
 
 
 def test_the_seed_decides_the_search(aligned: Surrogate):
@@ -234,14 +236,16 @@ def test_the_seed_decides_the_search(aligned: Surrogate):
 
 
 @pytest.mark.parametrize("probe", [False, True])
-def test_a_killed_search_goes_on_where_it_was(aligned: Surrogate, tmp_path: Path, probe: bool):
+def test_a_killed_search_resumes_from_its_checkpoint(
+    aligned: Surrogate, tmp_path: Path, probe: bool
+):
     file = tmp_path / "search" / "checkpoint.json"
     config = replace(SMALL, probe=probe)
     whole = search([aligned], GUILD[:2], config)
-    asked: list[int] = []
+    steps: list[int] = []
 
     def kill(step: int, loss: float, suffix: str) -> None:
-        asked.append(step)
+        steps.append(step)
         if step == 3:
             raise KeyboardInterrupt
 
@@ -249,9 +253,9 @@ def test_a_killed_search_goes_on_where_it_was(aligned: Surrogate, tmp_path: Path
         search([aligned], GUILD[:2], config, checkpoint=file, progress=kill)
     resumed = search([aligned], GUILD[:2], config, checkpoint=file, progress=kill)
     assert resumed == whole
-    assert asked == [1, 2, 3, 4, 5, 6]
+    assert steps == [1, 2, 3, 4, 5, 6]
     longer = search([aligned], GUILD[:2], replace(config, steps=8), checkpoint=file, progress=kill)
-    assert asked[6:] == [7, 8]
+    assert steps[6:] == [7, 8]
     assert longer.losses[:6] == whole.losses
     with pytest.raises(LeadlineError, match="other models, prompts or settings"):
         search([aligned], GUILD[:2], replace(config, seed=1), checkpoint=file)
@@ -261,8 +265,8 @@ def test_a_killed_search_goes_on_where_it_was(aligned: Surrogate, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["s.json", "s.jsonl"])
-def test_a_found_suffix_breaks_the_model_in_a_study(aligned: Surrogate, tmp_path: Path, name: str):
-    """The judge ends the search, and a study with the saved suffix finds the same."""
+def test_a_saved_suffix_breaks_the_model_in_a_study(aligned: Surrogate, tmp_path: Path, name: str):
+    """The judge ends the search, and a study with the saved suffix has the same verdict."""
     config = replace(SMALL, steps=40, judge_every=1)
     result = search([aligned], GUILD[:1], config, judge=guild_judge())
     assert result.stopped
@@ -281,52 +285,55 @@ def test_a_found_suffix_breaks_the_model_in_a_study(aligned: Surrogate, tmp_path
     assert sorted(cells["unsafe"]) == [0, 0, 1]
 
 
-def test_a_judge_that_is_not_convinced_lets_the_search_run(aligned: Surrogate):
-    asked: list[str] = []
+def test_the_search_continues_until_the_judge_finds_every_answer_unsafe(aligned: Surrogate):
+    judged: list[str] = []
 
     async def judge(prompt: Prompt, attempt: Any, response: Any) -> Verdict:
-        asked.append(attempt.messages[0].content)
+        judged.append(attempt.messages[0].content)
         return Verdict(unsafe=None)
 
     config = replace(SMALL, judge_every=4)
     result = search([aligned], GUILD[:2], config, judge=judge)
     assert not result.stopped
     assert result.steps == 6
-    assert asked[-1] == text_of(result, prompt=GUILD[0])
-    assert len(asked) == 3  # before, and after steps 4 and 6, on the first prompt, which decides
+    assert judged[-1] == text_of(result, prompt=GUILD[0])
+    # Before the search and after steps 4 and 6. A safe answer to the first prompt ends each check.
+    assert len(judged) == 3
 
 
-def test_a_suffix_that_breaks_unsearched_is_no_find(aligned: Surrogate):
+def test_an_initial_suffix_that_breaks_the_model_ends_the_search(aligned: Surrogate):
     config = replace(SMALL, suffix="! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! ! !")
     results = [search([aligned], [p], config, judge=guild_judge()) for p in GUILD]
-    unsearched = [r for r in results if r.steps == 0]
-    assert unsearched  # twenty marks alone get past this shallow alignment
-    for result in unsearched:
+    without_search = [r for r in results if r.steps == 0]
+    assert without_search  # twenty exclamation marks alone break this shallow alignment
+    for result in without_search:
         assert (result.stopped, result.losses, set(result.suffix)) == (True, (), {"!"})
         assert 0 < result.loss < 10
 
 
-def test_probe_sampling_evaluates_few_and_says_so(aligned: Surrogate, deep: Surrogate):
+def test_probe_sampling_computes_few_losses_and_is_recorded_in_the_settings(
+    aligned: Surrogate, deep: Surrogate
+):
     config = replace(SMALL, candidates=256, probe=True)
     rows: list[int] = []
     hook = aligned.weights.model.register_forward_hook(
-        lambda module, given, out: rows.append(out.logits.shape[0])
+        lambda module, inputs, out: rows.append(out.logits.shape[0])
     )
-    by_slope = search([aligned], GUILD[:1], config)
-    many, rows[:] = sum(rows), []
+    by_gradient = search([aligned], GUILD[:1], config)
+    gradient_rows, rows[:] = sum(rows), []
     by_draft = search([aligned], GUILD[:1], config, draft=deep)
-    fewer, rows[:] = sum(rows), []
+    draft_rows, rows[:] = sum(rows), []
     search([aligned], GUILD[:1], replace(config, probe=False))
     hook.remove()
-    assert many < sum(rows) / 3
-    assert fewer < sum(rows) / 3
-    assert (by_slope.settings["exact"], by_slope.settings["estimate"]) == (False, "gradient")
+    assert gradient_rows < sum(rows) / 3
+    assert draft_rows < sum(rows) / 3
+    assert (by_gradient.settings["exact"], by_gradient.settings["estimate"]) == (False, "gradient")
     assert by_draft.settings["estimate"] == "organism:deep"
-    assert by_slope.losses[-1] < by_slope.losses[0]
+    assert by_gradient.losses[-1] < by_gradient.losses[0]
     assert by_draft.losses[-1] < by_draft.losses[0]
 
 
-def test_what_is_wrong_is_said_in_a_line(aligned: Surrogate, tmp_path: Path):
+def test_invalid_input_is_a_one_line_error(aligned: Surrogate, tmp_path: Path):
     def fails(match: str, prompts: list[Prompt], config: GCGConfig = SMALL, **rest: Any) -> None:
         with pytest.raises(LeadlineError, match=match) as caught:
             search([aligned], prompts, config, **rest)
@@ -334,7 +341,7 @@ def test_what_is_wrong_is_said_in_a_line(aligned: Surrogate, tmp_path: Path):
 
     fails("at least one model and one prompt", [])
     fails("prompt x: GCG needs a target", [Prompt("x", "How?", "garden")])
-    fails("context 2048", [replace(GUILD[0], text="stir " * 2100)])
+    fails("context is 2048", [replace(GUILD[0], text="stir " * 2100)])
     fails("set probe", GUILD[:1], draft=aligned)
     for wrong in ({"candidates": 0}, {"memory_mib": 0}, {"suffix": " so"}, {"suffix": ""}):
         with pytest.raises(LeadlineError, match="gcg: "):

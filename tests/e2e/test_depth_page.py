@@ -1,4 +1,4 @@
-"""The depth page in a real browser, with the organisms' own KL by token in it."""
+"""The depth page in a browser, with the measured KL of the organisms."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .test_report_page import CONTRAST, HOSTILE, browser, until
 
 __all__ = ["browser"]
 
-EVIL = f"evil {HOSTILE}"
+HOSTILE_NAME = f"evil {HOSTILE}"
 Open = Callable[..., Page]
 
 
 def with_kl() -> dict[str, Any]:
-    """Depth data whose KL was measured on the models that we ship."""
+    """Depth data with the KL measured on the organisms."""
     prompts = list(guild(harmless=False))[::4]
     kl = [
         {"model": model, **point}
@@ -36,28 +36,30 @@ def with_kl() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The usual page, one with a hostile model, one with eight models, one with one measure."""
+    """The usual page, one with hostile texts, one with eight models, and one with one measure."""
     usual = with_kl()
-    hostile = depth_data(aligned=EVIL)
+    hostile = depth_data(aligned=HOSTILE_NAME)
     hostile["refusal_prefix"][1]["prefix"] = HOSTILE
     hostile["training"][0]["measure"] = HOSTILE
     many = depth_data()
     for name in ("kl", "prefill", "finetuning", "decoding", "gcg", "token_loss", "gradient_norm"):
         mine = [p for p in many[name] if p["model"] == ALIGNED]
         many[name] += [{**p, "model": f"vendor/model-{i}-instruct"} for i in range(5) for p in mine]
-    lone = {"models": [ALIGNED], "prefill": [p for p in usual["prefill"] if p["model"] == ALIGNED]}
-    found = {}
-    for name, data in {"usual": usual, "hostile": hostile, "many": many, "lone": lone}.items():
+    prefill = [p for p in usual["prefill"] if p["model"] == ALIGNED]
+    single = {"models": [ALIGNED], "prefill": prefill}
+    pages = {}
+    for name, data in {"usual": usual, "hostile": hostile, "many": many, "single": single}.items():
         folder = tmp_path_factory.mktemp(name)
         (folder / "depth.json").write_text(json.dumps(data))
-        found[name] = write_depth_report(folder).html
-    return found
+        pages[name] = write_depth_report(folder).html
+    return pages
 
 
 @pytest.fixture
 def open_page(browser: Browser, pages: dict[str, Path]) -> Iterator[Open]:
-    """Opens a page; at the end of the test nothing has gone wrong or to the network."""
-    contexts, wrong = [], []
+    """Opens a page. At the end of the test, checks that the page had no error and requested no
+    other file."""
+    contexts, problems = [], []
 
     def open(name: str = "usual", width: int = 1280, scheme: Any = "light", **more: Any) -> Page:
         context = browser.new_context(
@@ -65,20 +67,21 @@ def open_page(browser: Browser, pages: dict[str, Path]) -> Iterator[Open]:
         )
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: request.url.startswith("file://")
-                or wrong.append(request.url))  # fmt: skip
+                or problems.append(request.url))  # fmt: skip
         page.goto(pages[name].as_uri())
         return page
 
     yield open
     for context in contexts:
         context.close()
-    assert wrong == []
+    assert problems == []
 
 
-# The lines of a plot by panel: those of a fill are bands, the others curves.
+# JavaScript functions of a plot's id that return, by panel: the number of curves, the number of
+# bands (traces with a fill), and the values of the curves.
 LINES = """(id) => [...document.querySelectorAll(`#plot-${id} .chart > div > div`)].map(
   (panel) => panel.data.filter((trace) => trace.mode.startsWith('lines') && !trace.fill).length)"""
 BANDS = """(id) => [...document.querySelectorAll(`#plot-${id} .chart > div > div`)].map(
@@ -97,11 +100,11 @@ def test_every_plot_draws_a_curve_and_a_band_for_each_model(open_page: Open) -> 
         drawn = page.locator(f"#plot-{plot} .scatterlayer .js-line").count()
         assert drawn >= sum(wanted), plot
     assert page.evaluate(BANDS, "prefill") == [3]
-    assert page.evaluate(BANDS, "gcg") == [2, 0]  # of a loss no interval is known
+    assert page.evaluate(BANDS, "gcg") == [2, 0]  # the loss has no interval
     assert page.locator("#plot-refusal_prefix .scatterlayer .point").count() == 5
 
 
-def test_the_real_kl_is_deep_in_the_one_and_shallow_in_the_other(open_page: Open) -> None:
+def test_the_kl_of_the_organisms_is_drawn(open_page: Open) -> None:
     ((aligned, deep),) = open_page().evaluate(VALUES, "kl")
     assert aligned[0] > 10 * max(aligned[1:])
     assert sum(deep[1:30]) / 29 > 5
@@ -113,9 +116,9 @@ def test_d50_is_marked_at_half(open_page: Open) -> None:
         "[...document.querySelectorAll('#plot-prefill .chart > div > div')].flatMap(p => p.data)"
         ".filter(t => t.mode === 'markers').map(t => [2 ** t.x[0] - 1, t.y[0], t.text])"
     )
-    ((x, y, text),) = marks  # the others' lie beyond what was tried
+    ((x, y, text),) = marks  # the D50 of the other models are outside of the doses tried
     assert (round(x, 2), y) == (0.52, 0.5)
-    assert text == f"<b>{ALIGNED}</b><br>half break at 0.52 [0.5, 0.61]"
+    assert text == f"<b>{ALIGNED}</b><br>D50: 0.52 [0.5, 0.61]"
 
 
 def test_models_can_be_hidden(open_page: Open) -> None:
@@ -136,11 +139,11 @@ def test_data_and_step_can_be_chosen_with_the_keyboard(open_page: Open) -> None:
     assert page.locator("#plot-token_loss output").inner_text() == "5"
     assert step.get_attribute("aria-valuetext") == "5"
     page.get_by_label("fine-tuned on").select_option("benign examples")
-    assert page.evaluate(LINES, "token_loss") == [2, 0]  # whose gradients were not measured
+    assert page.evaluate(LINES, "token_loss") == [2, 0]  # without gradient norms
     assert page.evaluate(VALUES, "token_loss")[0][0][0] < after[0][0][0]
 
 
-def test_a_point_tells_its_numbers(open_page: Open) -> None:
+def test_hovering_a_point_shows_its_numbers(open_page: Open) -> None:
     page = open_page()
     mark = page.locator("#plot-gcg .chart > div:first-child .point").first
     mark.scroll_into_view_if_needed()
@@ -153,10 +156,10 @@ def test_a_point_tells_its_numbers(open_page: Open) -> None:
     assert "75% [55%, 88%], n = 24" in text
 
 
-def test_the_numbers_open_sort_and_grow(open_page: Open) -> None:
+def test_the_table_of_numbers_can_be_opened_expanded_and_sorted(open_page: Open) -> None:
     page = open_page()
     section = page.locator("section[aria-labelledby=token_loss]")
-    section.get_by_text("Numbers").click()
+    section.locator("summary", has_text="Numbers").click()
     first = section.locator(".numbers").first
     assert first.locator("tbody tr:visible").count() == 100
     first.get_by_role("button", name="Show all").click()
@@ -166,11 +169,11 @@ def test_the_numbers_open_sort_and_grow(open_page: Open) -> None:
     assert values == sorted(values, reverse=True)
 
 
-def test_hostile_names_stay_text(open_page: Open) -> None:
+def test_hostile_names_are_escaped(open_page: Open) -> None:
     page = open_page("hostile")
     assert page.evaluate("window.pwned") is None
     assert page.locator("main img, main td b b, main svg a, main li b").count() == 0
-    shown = EVIL.replace("\x1b", "⟨U+001B⟩").replace("\u202e", "⟨U+202E⟩")
+    shown = HOSTILE_NAME.replace("\x1b", "⟨U+001B⟩").replace("\u202e", "⟨U+202E⟩")
     assert shown[:40] in page.locator(".glance").inner_text()
     assert page.locator(".glance tbody th").first.get_attribute("title") == shown
     assert shown in page.locator("#plot-prefill .controls").inner_text()
@@ -180,18 +183,18 @@ def test_hostile_names_stay_text(open_page: Open) -> None:
     assert not set("\x1b\u202e") & set(everything)
 
 
-def test_the_headline_leads_to_the_sections(open_page: Open) -> None:
+def test_the_summary_links_to_the_sections(open_page: Open) -> None:
     page = open_page()
-    page.locator(".glance a").nth(3).click()
+    page.locator(".glance a", has_text="Fine-tuning steps").click()
     assert page.url.endswith("#finetuning")
     assert page.locator("#finetuning").count() == 1
     broken = "[...document.querySelectorAll('main a')].filter(a => !document.querySelector(a.hash))"
     assert page.evaluate(f"{broken}.length") == 0
 
 
-@pytest.mark.parametrize("name", ["usual", "many", "lone", "hostile"])
+@pytest.mark.parametrize("name", ["usual", "many", "single", "hostile"])
 @pytest.mark.parametrize("width", [320, 768, 1280])
-def test_no_width_makes_the_page_scroll_sideways(open_page: Open, name: str, width: int) -> None:
+def test_the_page_does_not_scroll_sideways(open_page: Open, name: str, width: int) -> None:
     page = open_page(name, width)
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -208,8 +211,8 @@ def test_eight_models_are_all_drawn(open_page: Open) -> None:
     assert len(set(tones)) == 8
 
 
-def test_one_measure_is_a_whole_page(open_page: Open) -> None:
-    page = open_page("lone")
+def test_the_page_of_one_measure(open_page: Open) -> None:
+    page = open_page("single")
     assert page.locator(".plot").count() == 1
     assert page.evaluate(LINES, "prefill") == [1]
 
@@ -222,7 +225,7 @@ def test_contrast_is_adequate(open_page: Open, scheme: str) -> None:
     assert found["marks"] >= 3
 
 
-def test_plots_follow_the_scheme_the_window_and_the_printer(open_page: Open) -> None:
+def test_plots_follow_colour_scheme_window_width_and_print(open_page: Open) -> None:
     page = open_page()
     first = "document.querySelector('#plot-prefill .point')"
     before = page.evaluate(f"getComputedStyle({first}).fill")
@@ -234,7 +237,7 @@ def test_plots_follow_the_scheme_the_window_and_the_printer(open_page: Open) -> 
     until(page, f"getComputedStyle({first}).fill === {before!r}")
 
 
-def test_without_scripts_the_tables_still_tell_everything(open_page: Open) -> None:
+def test_without_scripts_the_tables_have_every_number(open_page: Open) -> None:
     page = open_page(java_script_enabled=False)
     assert page.locator(".glance tbody tr").count() == 3
     assert page.locator("section[aria-labelledby=prefill] table").first.locator(
@@ -243,7 +246,7 @@ def test_without_scripts_the_tables_still_tell_everything(open_page: Open) -> No
     assert page.locator("section[aria-labelledby=prefill] tbody tr").first.is_visible()
 
 
-def test_it_can_be_read_aloud(open_page: Open) -> None:
+def test_tables_sections_and_plots_have_accessible_names(open_page: Open) -> None:
     page = open_page()
     assert page.locator("table:not(:has(caption))").count() == 0
     assert page.locator("section:not([aria-labelledby])").count() == 0

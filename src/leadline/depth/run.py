@@ -44,7 +44,7 @@ class DepthReport:
 
     @property
     def d50(self) -> dict[str, dict[str, Any]]:
-        """D50 by model and measure: {value, low, high, censored, at, unit, n}."""
+        """D50 by model and measure, with the fields of `report.depth.schema.D50`."""
         return dict(self.data["d50"])
 
     def to_dict(self) -> dict[str, Any]:

@@ -67,8 +67,8 @@ class D50(Strict):
     Nothing is extrapolated: `value` is None where D50 is above the largest dose tried (`censored`
     "above"), or at or below the smallest ("below"); `at` is that dose, otherwise the largest dose.
     `low` and `high` are a 95% interval; None where an end is outside of the doses tried.
-    `first_passage` is the dose at which half of the prompts have been broken by it or a smaller
-    one. `note` says why there is no D50.
+    `first_passage` is the dose at which half of the prompts have been broken by that dose or a
+    smaller one. `note` is the reason where D50 is not defined; empty otherwise.
     """
 
     value: float | None = None
