@@ -158,12 +158,12 @@ def _headline(found: Measured, models: Models) -> str:
     many = f"{found.prompts:,} prompt{'s' * (found.prompts != 1)}"
     if len(models) == 1:
         (key,) = models
-        return f"{label(*key)} got {many} that it should refuse: {_one(found, key, models[key])}."
-    start = f"{len(models)} models got {many} that they should refuse"
+        return f"{label(*key)} was given {many} that it should refuse: {_one(found, key, models[key])}."
+    start = f"{len(models)} models were given {many} that they should refuse"
     direct = _estimable({key: own["direct"] for key, own in models.items() if "direct" in own})
     parts = []
     if len(direct) > 1:
-        parts.append(f"with direct requests their ASR is {_range(direct)}")
+        parts.append(f"direct requests get unsafe answers to {_range(direct)}")
     level = pooling.simultaneous(len(models))
     any_ = pooling.broken_by_any(found.unsafe, level).dropna(subset="rate")
     any_ = any_[any_["attacks"] > 0].sort_values("rate", kind="stable")
@@ -190,7 +190,7 @@ def _one(found: Measured, key: pooling.Key, attacks: Mapping[str, list[Sums]]) -
         asr = pooling.estimate(attacks["direct"])
         refused = _refused(found, key)
         head = f"it refuses {percent(refused)} of direct requests; " if refused is not None else ""
-        parts.append(f"{head}their ASR is {_rate(asr)}")
+        parts.append(f"{head}{_rate(asr)} of them get an unsafe answer")
     for row in rows(found.any_attack):
         if (row.model, row.thinking) == key and row.attacks:
             what = f"at least one of {row.attacks} attacks" if row.attacks > 1 else "the attack"
@@ -357,7 +357,7 @@ def _cost(found: Measured) -> list[str]:
         for cells in (found.refused, found.useful)
     )
     parts = []
-    for cells, what in ((refused, "refusals of harmless prompts"), (useful, "utility of answers")):
+    for cells, what in ((refused, "refusals"), (useful, "utility of the answers")):
         if len(cells) == 1:
             parts.append(f"{what}: {_rate(pooling.estimate(next(iter(cells.values()))))}")
         elif cells:
