@@ -109,7 +109,8 @@ def test_the_first_sentence_says_what_was_measured_and_the_headline(tmp_path: Pa
     first, *others = report.findings
     assert first == (
         "organism:aligned was given 20 prompts that it should refuse: it refuses 95% of direct "
-        "requests; 5% [0.3%, 24%] of them get an unsafe answer; the attack breaks 90% [70%, 98%] of the prompts."
+        "requests; 5% [0.3%, 24%] of them get an unsafe answer; the attack breaks 90% [70%, 98%] "
+        "of the prompts."
     )
     assert others[0] == "The ASR of prefill(k=5) is 90% [70%, 98%]."
     assert re.fullmatch(

@@ -158,7 +158,8 @@ def _headline(found: Measured, models: Models) -> str:
     many = f"{found.prompts:,} prompt{'s' * (found.prompts != 1)}"
     if len(models) == 1:
         (key,) = models
-        return f"{label(*key)} was given {many} that it should refuse: {_one(found, key, models[key])}."
+        text = _one(found, key, models[key])
+        return f"{label(*key)} was given {many} that it should refuse: {text}."
     start = f"{len(models)} models were given {many} that they should refuse"
     direct = _estimable({key: own["direct"] for key, own in models.items() if "direct" in own})
     parts = []
