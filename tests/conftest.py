@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
 from .server import Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A busy machine is no defect of the code under test.
+settings.register_profile("leadline", deadline=None)
+settings.load_profile("leadline")
 
 
 @pytest.fixture
