@@ -19,7 +19,8 @@ class Server:
     """Answers /v1/chat/completions and /v1/completions.
 
     `answer(prompt text, body)` returns the text of a reply. `faults` maps a kind of fault (an HTTP
-    status, "reset", "garbage", "half", "hang", "empty") to its probability per request; `sticky`
+    status, "reset", "garbage", "half", "hang", "empty", or the bytes to send before the connection
+    is closed) to its probability per request; `sticky`
     maps a substring of a prompt to the fault that it always gets. `asked` counts successful answers
     by prompt text, `seen` all requests; `bodies` and `headers` are those of the last requests.
     `inside` is the number of requests in progress, `peak` its maximum.
@@ -122,6 +123,11 @@ class Server:
         return web.json_response({"choices": [choice], "usage": usage})
 
     def _fault(self, request: web.Request, kind: Any) -> web.StreamResponse:
+        if isinstance(kind, bytes):
+            assert request.transport
+            request.transport.write(kind)
+            request.transport.close()
+            return web.Response()
         if kind == "reset":
             assert request.transport
             request.transport.abort()
