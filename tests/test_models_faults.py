@@ -1,5 +1,7 @@
-"""Endpoints that send errors, wrong types, huge replies and redirects: every fault is a failure with
-its reason, none is counted as safe, and the other endpoints of the study are not affected."""
+"""Endpoints that send errors, wrong types, huge replies and redirects.
+
+Every fault is a failure with its reason, none is counted as safe, and the other endpoints of the
+study are not affected."""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import pytest
 import leadline
 from leadline import Study
 from leadline.models.spec import Limits
+from leadline.records import Response
 
 from .server import REFUSAL, Server
 
@@ -67,7 +71,7 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("429", http({"error": {"message": "slow"}}, "429 Too Many"), "HTTP 429: slow"),
     ("500", http(b"\xff\xfe\x00", "500 Internal Server Error"), "HTTP 500"),
     ("502", http(b"<html>bad gateway</html>", "502 Bad Gateway", "text/html"), "HTTP 502"),
-    ("503 of odd types", http({"error": {"message": {"a": [1]}, "code": {}}}, "503 No"), "HTTP 503"),
+    ("503 of odd types", http({"error": {"message": {"a": 1}, "code": {}}}, "503 No"), "HTTP 503"),
     ("529 with a list", http([1, 2], "529 Overloaded"), "HTTP 529"),
     ("200 in a body of 204", http(b"", "204 No Content"), "HTTP 204"),
     ("an error with a broken gzip", http(b"junk", "500 Oh", Content_Encoding="gzip"), "HTTP 500"),
@@ -101,7 +105,7 @@ FAULTS: list[tuple[str, Any, str]] = [
     # sizes and compression
     ("a body of 1 MiB", http(chat("a" * 2**20)), "larger than 0.25 MiB"),
     ("a gzip bomb", http(bomb(64), Content_Encoding="gzip"), "larger than 0.25 MiB"),
-    ("a deflate bomb", http(zlib.compress(b" " * 2**24), Content_Encoding="deflate"), "larger than"),
+    ("a deflate bomb", http(zlib.compress(b" " * 2**24), Content_Encoding="deflate"), "larger"),
     ("gzip that is none", http(chat(), Content_Encoding="gzip"), "cannot be decompressed"),
     ("truncated gzip", http(gzip.compress(json.dumps(chat()).encode())[:-20],
                             Content_Encoding="gzip"), "compressed reply is truncated"),
@@ -218,3 +222,164 @@ def test_no_fault_counts_as_safe_and_the_healthy_endpoint_completes(server, tmp_
     assert (faulty["n"], faulty["unsafe"], faulty["failed"]) == (usable, usable, n - usable)
     assert (cells.loc["healthy", "n"], cells.loc["healthy", "failed"]) == (n, 0)
     assert sum(bool(expected) for _, _, expected in FAULTS) >= 36
+
+
+class Memory:
+    """A model in memory that answers, or returns or raises something wrong."""
+
+    concurrency = 2
+
+    def __init__(self, name: str, result: Any, unprepared: bool = False) -> None:
+        self.name, self._result, self._unprepared = name, result, unprepared
+        self.identity = {"name": name}
+
+    async def prepare(self, *, prefix: bool) -> str:
+        if self._unprepared:
+            raise KeyError("weights")
+        return ""
+
+    async def respond(self, request: Any) -> Any:
+        return self._result
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Memory("bad", None), "NoneType, not a Response"),
+        (Memory("bad", Response(None)), "not all strings"),  # type: ignore[arg-type]
+        (Memory("bad", Response("", finish="abort")), "unknown finish reason"),  # type: ignore[arg-type]
+        (Memory("bad", Response(""), unprepared=True), "bad raised KeyError"),
+    ],
+)
+def test_a_model_that_returns_or_raises_something_wrong_fails_its_own_trials(
+    server, tmp_path, model, reason
+):
+    server.answer = lambda text, body: SURE
+    targets = {"model": "bad", "url": server.url}, {"model": "m", "url": server.url}
+    plan = study(harmful(tmp_path, 4), *targets)
+    found = leadline.run(plan, tmp_path / "out", models={"bad": model})
+    cells = found.cells().set_index("model")
+    assert (cells.loc["bad", "n"], cells.loc["bad", "failed"]) == (0, 4)
+    assert reason in cells.loc["bad", "reason"]
+    assert cells.loc["m", "n"] == 4
+
+
+def test_token_counts_of_a_model_in_memory_that_sqlite_cannot_store_are_0(server, tmp_path):
+    counts = {"prompt_tokens": 2**64, "completion_tokens": "7"}
+    model = Memory("m", Response(SURE, **counts))  # type: ignore[arg-type]
+    plan = study(harmful(tmp_path, 1), {"model": "m", "url": server.url})
+    found = leadline.run(plan, tmp_path / "out", models={"m": model})
+    assert found.query("SELECT prompt_tokens, completion_tokens FROM responses") == [(0, 0)]
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": {"a": 1}}, {"prompt_tokens": "9"}, {"prompt_tokens": 2**64}, [], 7]
+)
+def test_bad_usage_does_not_disturb_the_probe_for_response_prefixes(server, tmp_path, usage):
+    server.reply = lambda body: chat(usage=usage)
+    plan = study(
+        harmful(tmp_path, 2), {"model": "m", "url": server.url}, attacks=["direct", "prefill"]
+    )
+    found = leadline.run(plan, tmp_path / "out")
+    assert found.cells().set_index("attack").loc["direct", "unsafe"] == 2
+
+
+def test_prompts_do_not_follow_a_redirect_to_another_host(server, tmp_path):
+    """Not even when the endpoint redirects the first request, to /v1/models."""
+    with Server() as elsewhere:
+        where = elsewhere.url
+        server.faults = {http(b"", "307 Go", Location=f"{where}/chat/completions"): 1.0}
+        server.models = http(b"", "302 Go", Location=f"{where}/models")
+        plan = study(harmful(tmp_path, 30), {"model": "m", "url": server.url, "concurrency": 2})
+        found = leadline.run(plan, tmp_path / "out")
+        assert (elsewhere.seen, elsewhere.listed) == (0, 0)
+    assert found.failed() == 30
+    assert server.seen < 10  # an endpoint that only redirects is given up on
+    (reason,) = found.query("SELECT DISTINCT reason FROM trials")[0]
+    assert f"redirects to {where}/chat/completions" in reason
+
+
+@pytest.mark.parametrize("wait", ["7200", "1e300", "inf", "Fri, 01 Jan 2100 00:00:00 GMT"])
+def test_a_long_retry_after_is_shortened_and_shown(leadline, server, study_file, tmp_path, wait):
+    server.faults, server.retry_after = {429: 1.0}, wait
+    file = study_file(
+        targets=[{"model": "m", "url": server.url}],
+        datasets=[{"file": {"path": str(harmful(tmp_path, 1)), "name": "garden"}}],
+        judges=["refusal"],
+        limits={"retries": 1, "max_retry_after": 0.2},
+    )
+    ran = leadline("run", file, "--out", "out", timeout=30)
+    assert ran.returncode == 1, ran.stderr
+    shown = " ".join(ran.stderr.split())
+    assert "Retry-After is" in shown
+    assert "shortened to 0.2 s (max_retry_after: under limits:)" in shown
+    assert shown.count("shortened") == 1  # once for each endpoint
+    assert "shortened to 0.2 s" in (tmp_path / "out" / "report.html").read_text()
+
+
+def peak_mib(command: list[str], folder: Path) -> float:
+    """The most memory in MiB that a command used, which has to exit with 1: trials failed."""
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 1
+    return usage.ru_maxrss / 1024
+
+
+def test_a_gzip_bomb_does_not_use_more_memory_than_the_limit(server, study_file, tmp_path):
+    """1 GiB in a reply of 1 MiB. The store does not grow either."""
+    part = {
+        "targets": [{"model": "m", "url": server.url, "concurrency": 1}],
+        "datasets": [{"file": {"path": str(harmful(tmp_path, 4)), "name": "garden"}}],
+        "judges": ["refusal"],
+        "limits": {"retries": 0},
+    }
+    file = study_file(**part)
+    program = str(Path(sys.executable).parent / "leadline")
+    server.faults = {400: 1.0}
+    least = peak_mib([program, "run", str(file), "--out", "plain"], tmp_path)
+    server.faults = {http(bomb(1024), Content_Encoding="gzip"): 1.0}
+    most = peak_mib([program, "run", str(file), "--out", "bomb"], tmp_path)
+    print(f"peak memory {least:.0f} MiB, with bombs {most:.0f} MiB")
+    assert most - least < 3 * Limits().max_reply_mib
+    assert (tmp_path / "bomb" / "leadline.sqlite").stat().st_size < 2**20
+
+
+def test_a_large_reply_below_the_limit_is_judged_in_seconds(server, tmp_path):
+    server.answer = lambda text, body: "word. " * 2**20
+    plan = study(harmful(tmp_path, 1), {"model": "m", "url": server.url}, limits={"timeout": 20})
+    began = time.monotonic()
+    found = leadline.run(plan, tmp_path / "out")
+    assert found.cells()["n"].sum() == 1
+    assert time.monotonic() - began < 10
+
+
+def test_a_failed_judge_endpoint_decides_exit_code_message_and_report(
+    leadline, server, study_file, tmp_path
+):
+    server.answer = lambda text, body: SURE
+    with Server(lambda text, body: "Safety: Safe\nCategories: None\nRefusal: No") as guard:
+        guard.faults = {500: 1.0}
+        file = study_file(
+            targets=[{"model": "m", "url": server.url}],
+            datasets=[{"file": {"path": str(harmful(tmp_path, 3)), "name": "garden"}}],
+            judges=[{"qwen3guard": {"model": "guard", "url": guard.url}}, "refusal"],
+            limits={"retries": 0},
+        )
+        ran = leadline("run", file, "--out", "out")
+        assert ran.returncode == 1
+        shown = " ".join(ran.stderr.split())
+        assert "judge qwen3guard failed, which leaves answers unscored: HTTP 500: injected" in shown
+        assert "3 trials are unscored, and not counted as safe: run the same command" in shown
+        assert "trials failed" not in shown
+        assert "3 could not be scored" in (tmp_path / "out" / "report.html").read_text()
+        guard.faults = {http(chat("", "error")): 1.0}
+        spec = f"qwen3guard: {{model: guard, url: '{guard.url}', name: again}}"
+        again = leadline("judge", "out", "--judge", spec)
+        assert (again.returncode, "unscored" in again.stderr) == (1, True), again.stderr
+        guard.faults, asked = {}, server.seen
+        ran = leadline("run", file, "--out", "out")
+        assert (ran.returncode, server.seen) == (0, asked), ran.stderr

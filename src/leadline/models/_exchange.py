@@ -250,7 +250,7 @@ class Exchange:
             ) from None
         return _read(data)
 
-    def _status_fault(self, status: int, headers: Mapping[str, str], raw: bytes) -> Fault:
+    def _status_fault(self, status: int, headers: Mapping[str, str], raw: bytearray) -> Fault:
         """The Fault for a status other than 200, with the server's error message."""
         try:
             data = orjson.loads(raw)
