@@ -47,20 +47,16 @@ def _checked(response: Response) -> Response:
         raise TypeError("the model returned a Response whose texts are not all strings")
     if response.finish not in get_args(Finish):
         raise ValueError(f"unknown finish reason {response.finish!r}")
-    counts = {"prompt_tokens": response.prompt_tokens,
-              "completion_tokens": response.completion_tokens}  # fmt: skip
-    invalid = {
-        field: 0
-        for field, n in counts.items()
-        if not (isinstance(n, int) and 0 <= n < 2**63)
-    }  # fmt: skip
-    return replace(response, **invalid) if invalid else response
+    return replace(
+        response,
+        prompt_tokens=_count(response.prompt_tokens),
+        completion_tokens=_count(response.completion_tokens),
+    )
 
 
-def store_response(store: Store, key: bytes, request: Request, response: Response) -> None:
-    """Store a response unless it failed, so that failed requests are sent again by the next run."""
-    if response.finish not in ("error", "not_applicable"):
-        store.put_response(key, orjson.dumps(request).decode(), response)
+def _count(value: object) -> int:
+    """A token count; 0 if it is not a non-negative integer that SQLite can store."""
+    return value if isinstance(value, int) and 0 <= value < 2**63 else 0
 
 
 class CachedModel:
