@@ -59,6 +59,12 @@ def _count(value: object) -> int:
     return value if isinstance(value, int) and 0 <= value < 2**63 else 0
 
 
+def store_response(store: Store, key: bytes, request: Request, response: Response) -> None:
+    """Store a response unless it failed, so that failed requests are sent again by the next run."""
+    if response.finish not in ("error", "not_applicable"):
+        store.put_response(key, orjson.dumps(request).decode(), response)
+
+
 class CachedModel:
     """A Model that caches the responses of another one in the store. Equal requests that are made
     at the same time are sent once. `on_failure` is called with the reason of each failed request.
