@@ -250,6 +250,7 @@ class Memory:
     [
         (Memory("bad", None), "NoneType, not a Response"),
         (Memory("bad", Response(None)), "not all strings"),  # type: ignore[arg-type]
+        (Memory("bad", Response("a\ud800")), "surrogates not allowed"),
         (Memory("bad", Response("", finish="abort")), "unknown finish reason"),  # type: ignore[arg-type]
         (Memory("bad", Response(""), unprepared=True), "bad raised KeyError"),
     ],

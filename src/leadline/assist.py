@@ -24,6 +24,7 @@ from .records import (
     Verdict,
 )
 from .store import Store
+from .text import visible
 
 log = logging.getLogger("leadline")
 
@@ -34,7 +35,7 @@ async def respond(model: Model, request: Request) -> Response:
         return _checked(await model.respond(request))
     except Exception as error:
         log.debug("model %s", model.name, exc_info=True)
-        return Response("", finish="error", error=f"{type(error).__name__}: {error}")
+        return Response("", finish="error", error=visible(f"{type(error).__name__}: {error}"))
 
 
 def _checked(response: Response) -> Response:
@@ -45,6 +46,8 @@ def _checked(response: Response) -> Response:
     texts = (response.answer, response.thought, response.error, response.prefix)
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("the model returned a Response whose texts are not all strings")
+    for text in texts:
+        text.encode()  # raises UnicodeEncodeError for lone surrogates, which SQLite rejects
     if response.finish not in get_args(Finish):
         raise ValueError(f"unknown finish reason {response.finish!r}")
     return replace(

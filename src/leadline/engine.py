@@ -43,7 +43,7 @@ from .records import (
 )
 from .store import Place, Store, StoredTrial
 from .study import JudgePick, Study
-from .text import one_line
+from .text import one_line, visible
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -269,9 +269,10 @@ async def _run_target(run: _Run, spec: ModelSpec, model: Model) -> None:
             no_prefix = await model.prepare(prefix=wants_prefix)
         except Exception as error:  # of whatever kind: the other targets continue
             log.debug("model %s", spec.label, exc_info=True)
-            unavailable = str(error)
+            unavailable = visible(str(error))
             if not isinstance(error, LeadlineError):
-                unavailable = f"{spec.label} raised {type(error).__name__}: {one_line(error)}"
+                reason = visible(one_line(error))
+                unavailable = f"{spec.label} raised {type(error).__name__}: {reason}"
             run.note(unavailable)
         run.store.describe(
             f"model:{spec.label}", _model_metadata(spec, model, no_prefix, unavailable)
