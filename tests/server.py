@@ -19,10 +19,11 @@ class Server:
     """Answers /v1/chat/completions and /v1/completions.
 
     `answer(prompt text, body)` returns the text of a reply. `faults` maps a kind of fault (an HTTP
-    status, "reset", "garbage", "half", "hang", "empty") to its probability per request; `sticky`
-    maps a substring of a prompt to the fault that it always gets. `asked` counts successful answers
-    by prompt text, `seen` all requests; `bodies` and `headers` are those of the last requests.
-    `inside` is the number of requests in progress, `peak` its maximum.
+    status, "reset", "garbage", "half", "hang", "empty", or the bytes to send before the connection
+    is closed) to its probability per request; `sticky` maps a substring of a prompt to the fault
+    that it always gets. `asked` counts successful answers by prompt text, `seen` all requests,
+    `listed` those to /v1/models; `bodies` and `headers` are those of the last requests. `inside` is
+    the number of requests in progress, `peak` its maximum.
     """
 
     def __init__(self, answer: Callable[[str, Any], str] = lambda text, body: REFUSAL) -> None:
@@ -35,7 +36,8 @@ class Server:
         self.retry_after: str | None = None
         self.most = 10_000  # concurrent requests above which the status is 429
         self.asked: Counter[str] = Counter()
-        self.seen = 0
+        self.seen = self.listed = 0
+        self.models = b""  # what /v1/models sends, if not a list of models
         self.inside = self.peak = 0
         self.bodies: list[Any] = []
         self.headers: list[Any] = []
@@ -74,7 +76,10 @@ class Server:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
 
-    async def _models(self, request: web.Request) -> web.Response:
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        self.listed += 1
+        if self.models:
+            return self._fault(request, self.models)
         return web.json_response({"data": [{"id": "test"}]})
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
@@ -122,6 +127,11 @@ class Server:
         return web.json_response({"choices": [choice], "usage": usage})
 
     def _fault(self, request: web.Request, kind: Any) -> web.StreamResponse:
+        if isinstance(kind, bytes):
+            assert request.transport
+            request.transport.write(kind)
+            request.transport.close()
+            return web.Response()
         if kind == "reset":
             assert request.transport
             request.transport.abort()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import orjson
 
@@ -13,6 +14,7 @@ from . import plan
 from .records import (
     Attempt,
     AttemptFailed,
+    Finish,
     Message,
     Model,
     NotApplicable,
@@ -22,17 +24,42 @@ from .records import (
     Verdict,
 )
 from .store import Store
+from .text import visible
 
 log = logging.getLogger("leadline")
 
 
 async def respond(model: Model, request: Request) -> Response:
-    """The model's response; an exception that the model raises becomes an error response."""
+    """The model's response. An error response if the model raises or returns something else."""
     try:
-        return await model.respond(request)
+        return _checked(await model.respond(request))
     except Exception as error:
         log.debug("model %s", model.name, exc_info=True)
-        return Response("", finish="error", error=f"{type(error).__name__}: {error}")
+        return Response("", finish="error", error=visible(f"{type(error).__name__}: {error}"))
+
+
+def _checked(response: Response) -> Response:
+    """The response with token counts that the store accepts. Raises TypeError or ValueError for one
+    that is no response, so that a model that is a plug-in cannot stop the others."""
+    if not isinstance(response, Response):
+        raise TypeError(f"the model returned {type(response).__name__}, not a Response")
+    texts = (response.answer, response.thought, response.error, response.prefix)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("the model returned a Response whose texts are not all strings")
+    for text in texts:
+        text.encode()  # raises UnicodeEncodeError for lone surrogates, which SQLite rejects
+    if response.finish not in get_args(Finish):
+        raise ValueError(f"unknown finish reason {response.finish!r}")
+    return replace(
+        response,
+        prompt_tokens=_count(response.prompt_tokens),
+        completion_tokens=_count(response.completion_tokens),
+    )
+
+
+def _count(value: object) -> int:
+    """A token count; 0 if it is not a non-negative integer that SQLite can store."""
+    return value if isinstance(value, int) and 0 <= value < 2**63 else 0
 
 
 def store_response(store: Store, key: bytes, request: Request, response: Response) -> None:
@@ -43,10 +70,13 @@ def store_response(store: Store, key: bytes, request: Request, response: Respons
 
 class CachedModel:
     """A Model that caches the responses of another one in the store. Equal requests that are made
-    at the same time are sent once."""
+    at the same time are sent once. `on_failure` is called with the reason of each failed request.
+    """
 
-    def __init__(self, model: Model, store: Store) -> None:
-        self.model, self.store = model, store
+    def __init__(
+        self, model: Model, store: Store, on_failure: Callable[[str], None] = lambda reason: None
+    ) -> None:
+        self.model, self.store, self._on_failure = model, store, on_failure
         self.name, self.concurrency = model.name, model.concurrency
         self.identity: Mapping[str, Any] = model.identity
         self._in_flight: dict[bytes, asyncio.Future[Response]] = {}
@@ -67,6 +97,8 @@ class CachedModel:
         try:
             response = await respond(self.model, request)
             store_response(self.store, key, request, response)
+            if response.failed:
+                self._on_failure(response.error)
         finally:
             self._in_flight.pop(key).set_result(response)
         return response

@@ -43,6 +43,7 @@ from .records import (
 )
 from .store import Place, Store, StoredTrial
 from .study import JudgePick, Study
+from .text import one_line, visible
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -225,7 +226,13 @@ def _build_judges(run: _Run) -> dict[str, Model]:
         if role in judge_models:  # two judges with the same name
             role += f" ({pick.spec.label}, {len(judge_models)})"
         judge_models[role] = connect(pick.spec, study.limits, study.locate)
-        return CachedModel(judge_models[role], store)
+
+        def note_first_failure(reason: str) -> None:
+            if role not in run.crashed:
+                run.crashed.add(role)
+                run.note(f"{role} failed, which leaves answers unscored: {reason}")
+
+        return CachedModel(judge_models[role], store, note_first_failure)
 
     for dataset, picks in run.plan.judges.items():
         run.judges[dataset] = []
@@ -260,8 +267,12 @@ async def _run_target(run: _Run, spec: ModelSpec, model: Model) -> None:
     if not _all_stored(run, target):
         try:
             no_prefix = await model.prepare(prefix=wants_prefix)
-        except LeadlineError as error:
-            unavailable = str(error)
+        except Exception as error:  # of whatever kind: the other targets continue
+            log.debug("model %s", spec.label, exc_info=True)
+            unavailable = visible(str(error))
+            if not isinstance(error, LeadlineError):
+                reason = visible(one_line(error))
+                unavailable = f"{spec.label} raised {type(error).__name__}: {reason}"
             run.note(unavailable)
         run.store.describe(
             f"model:{spec.label}", _model_metadata(spec, model, no_prefix, unavailable)
@@ -459,10 +470,10 @@ async def _respond_and_judge(run: _Run, target: CachedModel, work: _Work) -> Non
 
 def _outcome(response: Response) -> str:
     """The outcome of a trial: answered, truncated, empty, blocked, failed or not_applicable."""
-    if response.finish == "error":
-        return "failed"
     if response.finish in ("blocked", "not_applicable"):
         return response.finish
+    if response.finish not in ("stop", "length"):
+        return "failed"
     if not response.answer.strip():
         return "empty"
     return "truncated" if response.finish == "length" else "answered"
@@ -481,13 +492,20 @@ async def _judge(
             response = replace(response, answer=answer)
         except AttemptFailed as why:
             failure = f"the answer could not be decoded: {why}"
+        except Exception as error:
+            failure = f"the decoder of {trial.attack} raised {type(error).__name__}"
+            if failure not in run.crashed:
+                run.crashed.add(failure)
+                run.note(failure)
+    unscored = False
     for judge in run.judges[trial.prompt.dataset]:
         if failure:
             verdict = Verdict(unsafe=None, text=failure)
         else:
             verdict = await _verdict(run, judge, trial.prompt, trial.attempt, response)
-        run.progress.unscored += verdict.unsafe is None
+        unscored = unscored or verdict.unsafe is None
         run.store.put_verdict(open_trial.place, judge.id, verdict, again=open_trial.again)
+    run.progress.unscored += unscored
 
 
 async def _verdict(

@@ -12,8 +12,9 @@ class Progress:
 
     `total` and `done` count them by target (or by part of the work); `done` includes failed ones.
     `asked` is the number of requests sent to targets. `known` is the number of trials that were
-    already in the store, `failed`, `not_applicable` and `unscored` the numbers of trials without
-    a response, without a request and without a verdict. `notes` are warnings.
+    already in the store, `failed` and `not_applicable` the numbers of trials without a response
+    and without a request, `unscored` that of trials without the verdict of a judge. `notes` are
+    warnings.
     """
 
     total: dict[str, int] = field(default_factory=dict)

@@ -106,12 +106,17 @@ def _run(
         print(f"Open {report.html}")
     failed, unscored = results.failed(), results.progress.unscored if results.progress else 0
     if unscored:
-        print(f"leadline: {unscored} answers are unscored: see the report", file=sys.stderr)
+        print(
+            f"leadline: {unscored} trials are unscored, and not counted as safe: run the same "
+            "command again to judge only these",
+            file=sys.stderr,
+        )
     if failed:
         print(
             f"leadline: {failed} trials failed: run the same command again to retry only these",
             file=sys.stderr,
         )
+    if failed or unscored:
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -197,6 +202,7 @@ def judge(
     if progress.unscored:
         reason = f" (first reason: {progress.notes[0]})" if progress.notes else ""
         print(f"leadline: {progress.unscored} answers are unscored{reason}", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command("list")

@@ -7,9 +7,12 @@ the client's overhead per request limits the throughput.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
+import re
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,18 +22,32 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from ..records import Finish, LeadlineError
+from ..text import visible
 from .spec import Limits, ModelSpec
 
 if TYPE_CHECKING:
     import aiohttp
 
+log = logging.getLogger("leadline")
 _RETRIED = {408, 409, 425, 429}  # and every status from 500
 _ENDPOINT_ERRORS = {401, 403, 404, 405}  # about the endpoint, not about one request
-_BACKOFF, _LONGEST_BACKOFF, _LONGEST_RETRY_AFTER = 0.5, 30.0, 600.0  # seconds
+_BACKOFF, _LONGEST_BACKOFF = 0.5, 30.0  # seconds
 _DOWN_SECONDS = 60.0
 BLOCKED = {"content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation"}
 _NO_QUOTA = "insufficient_quota"  # sent with status 429, but retrying does not help
-_FINISH: dict[Any, Finish] = {"length": "length", "content_filter": "blocked"}
+# Finish reasons of a reply with an answer. Any other one is a failure.
+_FINISH: dict[str, Finish] = {
+    "stop": "stop",
+    "eos": "stop",  # Together
+    "eos_token": "stop",  # TGI
+    "stop_sequence": "stop",  # TGI
+    "length": "length",
+    "model_length": "length",  # Mistral
+    "repetition": "length",  # vLLM: generation was ended after repeated tokens
+    "content_filter": "blocked",
+}
+_TOOL_CALL = ("tool_calls", "function_call")
+_TRANSIENT = ("error", "abort", "insufficient_system_resource")  # of vLLM, SGLang, DeepSeek
 
 
 class Reply(NamedTuple):
@@ -105,6 +122,7 @@ class Exchange:
         self._pause_until = 0.0
         self._last_success = 0.0
         self._connection_faults = self._endpoint_errors = 0
+        self._shortened_wait = False  # whether the log has the warning on Retry-After
 
     async def open(self) -> None:
         """Open the session and check that the server responds with any status.
@@ -115,7 +133,7 @@ class Exchange:
 
         # Looking up proxies costs time on every request, so do it only if one is configured.
         proxied = any(name.lower().endswith("_proxy") for name in os.environ)
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
         if key := os.environ.get(self.spec.api_key_env):
             headers["Authorization"] = f"Bearer {key}"
         self._session = aiohttp.ClientSession(
@@ -123,12 +141,15 @@ class Exchange:
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=self.limits.timeout, sock_connect=10),
             headers=headers,
+            auto_decompress=False,  # _read_body decompresses, up to the limit
             trust_env=proxied,
         )
         short = aiohttp.ClientTimeout(total=15)
         for wait in (0.3, 0.7, 1.5, None):
             try:
-                async with self._session.get(f"{self.spec.url}/models", timeout=short):
+                async with self._session.get(
+                    f"{self.spec.url}/models", timeout=short, allow_redirects=False
+                ):
                     break
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 if wait is None:
@@ -201,46 +222,67 @@ class Exchange:
 
         assert self._session
         try:
-            async with self._session.post(self.url, data=body) as reply:
-                raw = await reply.read()
+            # A redirect could lead prompts and answers to another host.
+            async with self._session.post(self.url, data=body, allow_redirects=False) as reply:
                 if reply.status != 200:
-                    raise self._status_fault(reply.status, reply.headers, raw)
+                    raise self._status_fault(
+                        reply.status, reply.headers, await _read_error_body(reply)
+                    )
+                raw, whole = await _read_body(reply, self.limits.max_reply_bytes)
+                content_type = reply.headers.get("Content-Type", "none")
         except TimeoutError:
             raise Fault(f"no answer within {self.limits.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise Fault(_short(error)) from None
+        if not whole:
+            most = self.limits.max_reply_mib
+            raise Fault(
+                f"the reply is larger than {most:g} MiB (max_reply_mib: under limits:)",
+                retryable=False, status=200,
+            )  # fmt: skip
         try:
-            return _read(orjson.loads(raw))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            shown = raw[:80].decode("utf-8", "replace")
-            raise Fault(f"unreadable reply {shown!r}", status=200) from None
+            data = orjson.loads(raw)
+        except ValueError:
+            raise Fault(
+                f"the reply is not valid JSON ({len(raw)} bytes, Content-Type: "
+                f"{_shown(content_type, 80)})",
+                status=200,
+            ) from None
+        return _read(data)
 
-    def _status_fault(self, status: int, headers: Mapping[str, str], raw: bytes) -> Fault:
+    def _status_fault(self, status: int, headers: Mapping[str, str], raw: bytearray) -> Fault:
         """The Fault for a status other than 200, with the server's error message."""
-        code, message = "", raw[:300].decode("utf-8", "replace")
         try:
-            detail = orjson.loads(raw)
-            detail = detail.get("error") or detail.get("detail") or detail
-            if isinstance(detail, dict):
-                message = detail.get("message", message)
-                inner = detail.get("innererror") or {}
-                codes = (detail.get("code"), detail.get("type"), inner.get("code"))
-                code = next((c for c in codes if c in BLOCKED or c == _NO_QUOTA), "")
-            else:
-                message = str(detail)
-        except (ValueError, AttributeError, TypeError):
-            pass
-        reason = f"HTTP {status}: {' '.join(str(message).split())[:300]}"
+            data = orjson.loads(raw)
+            code, message = _error(data.get("error") or data.get("detail") or data)
+        except (ValueError, AttributeError):
+            code, message = "", raw[:300].decode("utf-8", "replace")
+        if 300 <= status < 400:
+            # Without user name, password and query, which may hold secrets.
+            where = re.sub(r"(?<=//)[^/]*@|[?#].*", "", headers.get("Location", ""))
+            message = (
+                f"the server redirects to {where or 'another address'}, and redirects are not "
+                "followed: set url: to the final address"
+            )
+        reason = f"HTTP {status}: {_shown(message)}"
         if status == 401 and not os.environ.get(self.spec.api_key_env):
             reason += f" (set {self.spec.api_key_env} in the environment, or set api_key_env:)"
         if status == 404:
             reason += " (is the model's name right, and does url: end in /v1?)"
         retryable = (status in _RETRIED or status >= 500) and code != _NO_QUOTA
-        return Fault(reason, retryable, _retry_after(headers) if retryable else None, status, code)
+        wait, longest = _retry_after(headers) if retryable else None, self.limits.max_retry_after
+        if wait and wait > longest:
+            asked = f"Retry-After is {min(wait, 1e6):.0f} s, shortened to {longest:g} s"
+            reason, wait = f"{reason} ({asked})", longest
+            if not self._shortened_wait:
+                self._shortened_wait = True
+                log.warning("%s: %s (max_retry_after: under limits:)", self.spec.label, asked)
+        return Fault(reason, retryable, wait, status, code)
 
     def _check_down(self, fault: Fault) -> None:
         """Give up on the endpoint if it rejects every request or has been unreachable for long."""
-        if fault.status in _ENDPOINT_ERRORS or fault.code == _NO_QUOTA:
+        redirected = 300 <= fault.status < 400
+        if fault.status in _ENDPOINT_ERRORS or redirected or fault.code == _NO_QUOTA:
             self._endpoint_errors += 1
             if self._endpoint_errors >= 3 and (not self.has_succeeded or fault.code == _NO_QUOTA):
                 self._down = fault.reason
@@ -251,24 +293,109 @@ class Exchange:
                 self._down = f"the endpoint is down: no reply for {silence:.0f} s ({fault.reason})"
 
 
+async def _read_body(reply: aiohttp.ClientResponse, most: int) -> tuple[bytearray, bool]:
+    """The decompressed body, and whether it is complete: reading stops after `most` bytes, whether
+    they are compressed or not. Raises Fault for a body that cannot be decompressed."""
+    encoding = reply.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        reason = (
+            f"the reply has the Content-Encoding {_shown(encoding, 80)}; only gzip is supported"
+        )
+        raise Fault(reason, retryable=False, status=200)
+    # 47: a window of 32 KiB, and a gzip or zlib header.
+    inflate = zlib.decompressobj(wbits=47) if encoding not in ("", "identity") else None
+    body, received = bytearray(), 0
+    async for chunk in reply.content.iter_any():
+        received += len(chunk)
+        try:
+            body += inflate.decompress(chunk, most + 1 - len(body)) if inflate else chunk
+        except zlib.error:
+            raise Fault("the reply cannot be decompressed", status=200) from None
+        if max(received, len(body)) > most:
+            return body[:most], False
+    if inflate and not inflate.eof:
+        raise Fault("the compressed reply is truncated", status=200)
+    return body, True
+
+
+async def _read_error_body(reply: aiohttp.ClientResponse) -> bytearray:
+    """The start of the body of an error status; empty if it cannot be decompressed."""
+    try:
+        return (await _read_body(reply, 2**16))[0]
+    except Fault:
+        return bytearray()
+
+
 def _read(data: Any) -> Reply:
-    """Parse a chat or completions response. Raises built-in errors if its structure is wrong."""
-    choice = data["choices"][0]
-    thought = ""
+    """Parse a chat or completions response. Raises Fault if it has no answer."""
+    if not isinstance(data, dict):
+        raise Fault("the reply is not a JSON object", status=200)
+    if error := data.get("error"):
+        raise _error_fault(error)
+    choices = data.get("choices")
+    if not isinstance(choices, list) or not choices:
+        raise Fault("the reply has no choices", status=200)
+    try:
+        return _read_choice(choices[0], data.get("usage"))
+    except (KeyError, TypeError, AttributeError):
+        raise Fault("the reply has no message with text", status=200) from None
+
+
+def _read_choice(choice: dict[str, Any], usage: Any) -> Reply:
+    """Parse a choice. Raises Fault if it has no answer, built-in errors for a wrong structure."""
+    if error := choice.get("error"):
+        raise _error_fault(error)
+    finish = choice.get("finish_reason") or ""
+    if finish in _TRANSIENT:
+        raise Fault(f"the server ended the reply with finish_reason {finish}", status=200)
+    thought, called = "", finish in _TOOL_CALL
     if "message" in choice:
         message = choice["message"]
-        text = message["content"]
+        thought = message.get("reasoning") or message.get("reasoning_content") or ""
+        called = called or any(message.get(field) for field in _TOOL_CALL)
+        # A reply may omit the content if something else is in its place.
+        text = message.get("content") if called or thought else message["content"]
         if text is None:
             text = message.get("refusal") or ""
-        thought = message.get("reasoning") or message.get("reasoning_content") or ""
     else:
         text = choice["text"]
     if not isinstance(text, str) or not isinstance(thought, str):
         raise TypeError
-    usage = data.get("usage") or {}
-    finish = _FINISH.get(choice.get("finish_reason"), "stop")
-    counts = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
-    return Reply(text, thought, finish, *counts)
+    if called and not text.strip():
+        raise Fault("the model called a tool instead of answering", False, status=200)
+    if finish in _TOOL_CALL or (not finish and text.strip()):
+        finish = "stop"
+    if not isinstance(finish, str) or finish not in _FINISH:
+        reason = f"unknown finish_reason {_shown(finish, 80)!r}" if finish else "no finish_reason"
+        raise Fault(f"the reply has {reason}", retryable=not finish, status=200)
+    counts = usage if isinstance(usage, dict) else {}
+    tokens = (_count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens")))
+    return Reply(text, thought, _FINISH[finish], *tokens)
+
+
+def _count(value: Any) -> int:
+    """A token count; 0 if it is not a non-negative integer that SQLite can store."""
+    return value if type(value) is int and 0 <= value < 2**63 else 0
+
+
+def _error(detail: Any) -> tuple[str, str]:
+    """The code (if it is one that this module handles) and the message of an error object."""
+    if not isinstance(detail, dict):
+        return "", str(detail)
+    inner = detail.get("innererror")
+    codes = [detail.get("code"), detail.get("type")]
+    codes += [inner.get("code")] if isinstance(inner, dict) else []
+    known = (c for c in codes if isinstance(c, str) and (c in BLOCKED or c == _NO_QUOTA))
+    return next(known, ""), str(detail.get("message") or detail)
+
+
+def _error_fault(error: Any) -> Fault:
+    """The Fault for an error object in a reply of status 200. Its `code` may be an HTTP status."""
+    code, message = _error(error)
+    status = error.get("code") if isinstance(error, dict) else None
+    permanent = isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED
+    reason = f"the reply is an error: {_shown(message)}"
+    return Fault(reason, not (code or permanent), status=200, code=code)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -283,9 +410,13 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
             seconds = parsedate_to_datetime(value).timestamp() - time.time()
         except (ValueError, TypeError):
             return None
-    return min(max(0.0, seconds), _LONGEST_RETRY_AFTER) if seconds == seconds else None
+    return max(0.0, seconds) if seconds == seconds else None
 
 
 def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__
+    return _shown(error, 200) or type(error).__name__
+
+
+def _shown(text: object, most: int = 300) -> str:
+    """Text of a server as one line, without control characters."""
+    return visible(" ".join(str(text).split()))[:most]

@@ -118,8 +118,16 @@ class ModelSpec(Strict):
 
 class Limits(Strict):
     """Limits of the requests to an endpoint: requests in flight, the timeout of one request in
-    seconds, and retries of a failed one."""
+    seconds, retries of a failed one, the largest reply in MiB (after decompression), and the
+    longest wait for a Retry-After header in seconds."""
 
     concurrency: int = Field(default=64, ge=1)
     timeout: float = Field(default=300, gt=0)
     retries: int = Field(default=6, ge=0)
+    max_reply_mib: float = Field(default=8, gt=0, le=1024)
+    max_retry_after: float = Field(default=60, ge=0, le=86_400)
+
+    @property
+    def max_reply_bytes(self) -> int:
+        """The largest reply in bytes."""
+        return int(self.max_reply_mib * 2**20)
