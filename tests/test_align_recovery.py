@@ -175,9 +175,7 @@ def test_the_weights_of_tokens_are_exact():
 
 
 @pytest.mark.parametrize("loss", ["paper", "token_mean"])
-def test_micro_batches_give_the_gradient_of_the_whole_step(
-    folder: Path, tmp_path: Path, loss: str
-):
+def test_micro_batches_give_the_gradient_of_the_whole_step(folder: Path, tmp_path: Path, loss: str):
     whole = gradient(folder, tmp_path, loss=loss)
     for size in (1, 4):
         parts = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 12 // size}
