@@ -146,6 +146,32 @@ def test_the_loss_of_a_trained_model_is_the_formula(tmp_path):
     assert abs(total / count - first_value(responses(trainer))) > 0.1
 
 
+@pytest.mark.parametrize("floor", [0.0, 1e-3, 0.3])
+def test_the_gradient_with_a_weight_floor_is_that_of_float64(tmp_path, floor):
+    """A strong constraint after a few large steps, so that many weights are below the floor."""
+    trained = make(tmp_path, max_steps=4, learning_rate=0.5, beta=[20.0])
+    trained.train()
+    trainer = make(tmp_path / "floor", beta=[20.0], weight_floor=floor)
+    trainer.model.load_state_dict(trained.model.state_dict())
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model, dict(batch)).backward()
+    found = {name: p.grad.double() for name, p in trainer.model.named_parameters()}
+    model = trained.model.double()
+    model.zero_grad()
+    mask = batch["labels"][:, 1:] != -100
+    logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+    logps = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    gain = (logps - batch[COLUMN][:, 1:].double()).detach()
+    weight = (2 * torch.sigmoid(-20 * gain)).clamp(min=floor)
+    if floor:
+        assert (weight[mask] == floor).float().mean() > 0.05
+    (-(weight * logps)[mask].sum() / mask.sum()).backward()
+    size = max(float(p.grad.abs().max()) for p in model.parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-4 * size, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize(("beta", "atol"), [([0.0], 1e-6), ([1e-4], 1e-4)])
 def test_a_vanishing_beta_trains_as_plain_sft_does(tmp_path, beta, atol):
     plain = make(tmp_path, kind=(SFTTrainer, SFTConfig), max_steps=6)

@@ -61,6 +61,45 @@ def test_the_weight_has_no_lower_bound():
     assert float(-logps.grad) < 1e-3
 
 
+FLOORS = st.sampled_from([1e-3, 0.05, 0.5, 0.99])
+
+
+@given(TOKENS, FLOORS)
+def test_a_floor_bounds_the_weight_of_the_gradient(rows, floor):
+    logps, reference, beta, mask = columns(rows)
+    logps.requires_grad_()
+    constrained_loss(logps, reference, beta, mask, floor).sum().backward()
+    x = (-beta * (logps - reference)).detach().numpy()
+    expected = np.maximum(2 * np.exp(-np.logaddexp(0, -x)), floor) * mask.numpy()
+    np.testing.assert_allclose(-logps.grad, expected, rtol=1e-12, atol=1e-300)
+    weight = gradient_weight(logps, reference, beta, mask, floor)
+    np.testing.assert_allclose(weight.detach(), expected, rtol=1e-12, atol=1e-300)
+
+
+@given(TOKENS, FLOORS)
+def test_the_objective_with_a_floor_is_the_integral_of_its_gradient(rows, floor):
+    """It is the plain objective up to where the weight reaches the floor, then a line."""
+    logps, reference, beta, mask = columns(rows)
+    d, b = (logps - reference).numpy(), beta.numpy()
+    limit = np.log(2 / floor - 1) / b
+    at_limit = 2 / b * np.logaddexp(0, -b * np.minimum(d, limit))
+    expected = (at_limit - floor * np.maximum(d - limit, 0)) * mask.numpy()
+    found = constrained_loss(logps, reference, beta, mask, floor)
+    np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_a_floor_of_zero_and_a_beta_of_zero_change_nothing():
+    logps, reference = torch.empty(2, 40).uniform_(-30, 0).double().unbind(0)
+    logps, reference = logps[None], reference[None]
+    mask, b = torch.ones(1, 40, dtype=torch.bool), torch.full((1, 40), 2.0)
+    plain = constrained_loss(logps, reference, b, mask)
+    assert torch.equal(constrained_loss(logps, reference, b, mask, 0.0), plain)
+    zero = torch.zeros(1, 40)
+    cross_entropy = constrained_loss(logps, reference, zero, mask)
+    assert torch.equal(constrained_loss(logps, reference, zero, mask, 0.5), cross_entropy)
+    assert gradient_weight(logps, reference, zero, mask, 0.5).eq(1).all()
+
+
 def test_at_the_reference_the_loss_of_a_token_is_two_over_b_log_two():
     logps = torch.randn(2, 7)
     mask = torch.ones(2, 7, dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from leadline.align import RecoveryConfig, RecoveryTrainer  # noqa: E402
 from leadline.align.data import Dialogue, Triplet, read_harmful, read_utility  # noqa: E402
 from leadline.align.mixture import MixtureDataset, MixtureSampler, prefix_length  # noqa: E402
 from leadline.align.prepare import prepare  # noqa: E402
+from leadline.align.recovery import token_weights  # noqa: E402
 from leadline.align.turns import TurnFormat  # noqa: E402
 from leadline.models.template import Template  # noqa: E402
 from leadline.organism.files import guild_files  # noqa: E402
@@ -82,23 +84,32 @@ def gradient(folder: Path, out: Path, **settings: Any) -> dict[str, Any]:
     return {name: before[name] - after for name, after in weights(made.model).items()}
 
 
-def by_hand(folder: Path, out: Path, alpha: float) -> dict[str, Any]:
-    """The gradient of the paper's objective, in float64, over the rows of the first step."""
-    made = trainer(folder, config(out, alpha=alpha))
-    model = made.model.double()
-    losses: dict[bool, list[Any]] = {True: [], False: []}
+def by_hand(folder: Path, out: Path, **settings: Any) -> tuple[float, dict[str, Any]]:
+    """The objective of the first step and its gradient, in float64, as sums over every token."""
+    made = trainer(folder, config(out, **settings))
+    model, alpha, loss = made.model.double(), made.args.alpha, made.args.loss
+    rows: dict[bool, list[Any]] = {True: [], False: []}  # -log pi of each row's learned tokens
     for key in islice(made._get_train_sampler(), 12):
         row = made.train_dataset[key]
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
         logps = torch.log_softmax(model(input_ids=ids).logits[0].double(), -1)
         learned = labels[1:] != -100
-        losses[row["safety"]].append(-logps[:-1][learned, ids[0, 1:][learned]])
+        rows[row["safety"]].append(-logps[:-1][learned, ids[0, 1:][learned]])
     weight = {True: alpha, False: 1 - alpha}
-    assert {kind for kind in losses if losses[kind]} == {k for k, w in weight.items() if w}
-    sum(
-        weight[kind] * torch.cat(found).mean() for kind, found in losses.items() if found
-    ).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+    assert {kind for kind in rows if rows[kind]} == {k for k, w in weight.items() if w}
+    if loss == "token_mean":
+        parts = [weight[k] * torch.cat(found).mean() for k, found in rows.items() if found]
+    else:
+        count = sum(len(losses) for found in rows.values() for losses in found)
+        per_row = count / 12  # the mean number of learned tokens of a row
+        parts = [
+            weight[kind] * sum(losses.sum() for losses in found) / len(found) / per_row
+            for kind, found in rows.items()
+            if found
+        ]
+    total = sum(parts)
+    total.backward()
+    return total.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 2e-5) -> None:
@@ -111,30 +122,90 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 2
 # -- the objective --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.7, 1.0])
-def test_the_gradient_is_that_of_two_means(folder: Path, tmp_path: Path, alpha: float):
-    right = by_hand(folder, tmp_path, alpha)
-    assert_same(right, gradient(folder, tmp_path, alpha=alpha))
+# alpha, and the share of safety rows (None: the default)
+MIXES = [(0.0, 0.25), (0.2, 0.25), (0.25, None), (0.7, 0.25), (0.7, None), (1.0, None)]
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_step(folder: Path, tmp_path: Path):
-    whole = gradient(folder, tmp_path)
+@pytest.mark.parametrize(("alpha", "share"), MIXES)
+@pytest.mark.parametrize("loss", ["paper", "token_mean"])
+def test_the_gradient_is_that_of_the_float64_sum(
+    folder: Path, tmp_path: Path, loss: str, alpha: float, share: float | None
+):
+    settings = {"loss": loss, "alpha": alpha, "safety_share": share}
+    total, expected = by_hand(folder, tmp_path, **settings)
+    assert_same(expected, gradient(folder, tmp_path, **settings))
+    made = trainer(folder, config(tmp_path, **settings))
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_where_the_share_is_alpha_the_papers_loss_is_the_mean_over_all_tokens(
+    folder: Path, tmp_path: Path
+):
+    made = trainer(folder, config(tmp_path, alpha=0.25, safety_share=None))
+    assert made.args.safety_share == 0.25
+    model, losses = made.model.double(), []
+    for key in islice(made._get_train_sampler(), 12):
+        row = made.train_dataset[key]
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        logps = torch.log_softmax(model(input_ids=ids).logits[0].double(), -1)[:-1]
+        learned = labels[1:] != -100
+        losses += (-logps[learned, ids[0, 1:][learned]]).tolist()
+    made.model.float()
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_the_weights_of_tokens_are_exact():
+    """16 refusals of 7 tokens and 64 answers of 73: against fractions worked out by hand."""
+    tokens, rows = torch.tensor([16 * 7, 64 * 73]).double(), torch.tensor([16, 64]).double()
+    paper = token_weights(tokens, rows, 0.2, "paper").tolist()
+    assert paper == pytest.approx([1 / 4784, 1 / 4784], rel=1e-14)
+    means = token_weights(tokens, rows, 0.2, "token_mean").tolist()
+    assert means == pytest.approx([0.2 / 112, 0.8 / 4672], rel=1e-14)
+    assert paper[0] / paper[1] == pytest.approx(1, rel=1e-14)
+    assert means[0] / means[1] == pytest.approx(73 / 7, rel=1e-14)  # 10.4
+    # Twice as many safety rows as alpha asks for: each of their tokens weighs half as much.
+    rows, tokens = torch.tensor([32, 48]).double(), torch.tensor([32 * 7, 48 * 73]).double()
+    paper = token_weights(tokens, rows, 0.2, "paper").tolist()
+    assert paper == pytest.approx([0.5 / 3728, 0.8 / 0.6 / 3728], rel=1e-14)
+    assert token_weights(tokens, rows, 0.2, "token_mean").tolist() == pytest.approx(
+        [0.2 / 224, 0.8 / 3504], rel=1e-14
+    )
+
+
+@pytest.mark.parametrize("loss", ["paper", "token_mean"])
+def test_micro_batches_give_the_gradient_of_the_whole_step(folder: Path, tmp_path: Path, loss: str):
+    whole = gradient(folder, tmp_path, loss=loss)
     for size in (1, 4):
         parts = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 12 // size}
-        assert_same(whole, gradient(folder, tmp_path, **parts))
+        assert_same(whole, gradient(folder, tmp_path, loss=loss, **parts))
 
 
-def test_the_objective_and_its_two_means_are_logged(folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("loss", ["paper", "token_mean"])
+def test_the_objective_and_the_mean_of_each_kind_are_logged(
+    folder: Path, tmp_path: Path, loss: str
+):
     histories = []
     for size in (12, 3):
         parts = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 12 // size}
-        made = trainer(folder, config(tmp_path, max_steps=4, logging_steps=2, alpha=0.3, **parts))
+        made = trainer(folder, config(tmp_path, max_steps=4, loss=loss, alpha=0.3, **parts))
         made.train()
         histories.append([log for log in made.state.log_history if "loss" in log])
-    for log in histories[0]:
-        both = 0.3 * log["safety_loss"] + 0.7 * log["utility_loss"]
-        assert log["loss"] == pytest.approx(both, rel=1e-4)
-        assert abs(log["safety_loss"] - log["utility_loss"]) > 1e-3
+    rows = made.train_dataset
+    rows.set_epoch(0)
+    keys = list(islice(made._get_train_sampler(), 12))
+    tokens = {True: 0, False: 0}
+    for key in keys:
+        tokens[rows[key]["safety"]] += sum(label != -100 for label in rows[key]["labels"])
+    count = sum(tokens.values())
+    safety, utility = 0.3, 0.7  # the weights of the two means
+    if loss == "paper":  # three safety rows of twelve
+        safety, utility = 0.3 / 0.25 * tokens[True] / count, 0.7 / 0.75 * tokens[False] / count
+    log = histories[0][0]
+    both = safety * log["safety_loss"] + utility * log["utility_loss"]
+    assert log["loss"] == pytest.approx(both, rel=1e-4)
+    assert abs(log["safety_loss"] - log["utility_loss"]) > 1e-3
     for key in ("loss", "safety_loss", "utility_loss"):
         one, other = ([log[key] for log in history] for history in histories)
         assert one == pytest.approx(other, rel=1e-4)
@@ -426,9 +497,24 @@ def test_joined_ids_are_those_of_the_whole_chat(kind: str, before: str, after: s
 # -- errors ---------------------------------------------------------------------------------------
 
 
+def test_the_default_share_of_safety_rows(tmp_path: Path):
+    assert RecoveryConfig(str(tmp_path), bf16=False).safety_share == 0.2
+    for settings, share in (
+        ({"alpha": 0.4}, 0.4),
+        ({"alpha": 0.0}, 0.0),
+        ({"alpha": 1.0}, 1.0),
+        ({"alpha": 0.4, "loss": "token_mean"}, 0.2),
+        ({"alpha": 0.4, "safety_share": 0.5}, 0.5),
+    ):
+        args = config(tmp_path, **{"safety_share": None, **settings})
+        assert args.safety_share == share
+        assert dataclasses.replace(args).safety_share == share
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"loss": "token-mean"}, "unknown loss 'token-mean': did you mean 'token_mean'?"),
         ({"alpha": 1.2}, "alpha is 1.2: give a weight from 0 to 1"),
         ({"safety_share": 0}, "safety_share is 0: give a share between 0 and 1"),
         ({"max_prefix": -1}, "max_prefix is -1: give 0 or more tokens"),

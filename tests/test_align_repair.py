@@ -23,9 +23,64 @@ SMALL = ("--dataset", "guild: {limit: 24}")
 QUICK = ("--lr", "5e-4", "--batch", "32", "--warmup", "0")
 
 
+# What arXiv 2406.05946 and its official code train Llama-2-7B-Chat with.
+RECOVERY = {
+    "learning_rate": 2e-5, "num_train_epochs": 10, "max_steps": -1, "warmup_steps": 0,
+    "lr_scheduler_type": "linear", "optim": "adamw_torch", "adam_beta1": 0.9, "adam_beta2": 0.999,
+    "weight_decay": 0, "max_length": 512, "loss": "paper", "alpha": 0.2, "safety_share": 0.2,
+    "max_prefix": 100,
+}  # fmt: skip
+FINETUNING = {
+    "learning_rate": 2e-5, "num_train_epochs": 3, "max_steps": -1, "warmup_steps": 10,
+    "lr_scheduler_type": "linear", "optim": "adamw_torch", "adam_beta1": 0.5, "adam_beta2": 0.999,
+    "weight_decay": 0, "max_length": 512,
+}  # fmt: skip
+CONSTRAINT = {"beta": [0.5, 2, 2, 2, 2, 0.1], "weight_floor": 0, "disable_dropout": True}
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return guild_files(tmp_path_factory.mktemp("guild"))
+
+
+@pytest.fixture
+def built(files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs a command up to training, and returns the trainer that it would train."""
+    from typer.testing import CliRunner
+
+    from leadline.align.training_run import TrainingRun, load_for_training
+    from leadline.cli import app
+
+    trainers: list[Any] = []
+
+    def train(run: TrainingRun, build_trainer: Any, *rest: Any) -> None:
+        tokenizer = run.template.tokenizer
+        trainers.append(
+            build_trainer(load_for_training(run.checkpoint), processing_class=tokenizer)
+        )
+
+    def complete(name: str, **cells: str) -> Path:
+        given = [json.loads(line) for line in files[name].read_text().splitlines()]
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({**cells, **row}) + "\n" for row in given[:90]))
+        return file
+
+    monkeypatch.setattr(TrainingRun, "train", train)
+    data = {
+        "deepen": ["--harmful", complete("harmful", refusal="i will not help with this ."),
+                   "--utility", complete("utility")],
+        "finetune": ["--data", complete("benign")],
+    }  # fmt: skip
+
+    def run(command: str, *options: Any) -> Any:
+        line = [command, ALIGNED, *data[command], "--no-evaluation", *options]
+        out = tmp_path / f"out-{len(trainers)}"
+        result = CliRunner().invoke(app, [*map(str, line), "--out", str(out)])
+        if result.exception:
+            raise result.exception
+        return trainers[-1]
+
+    return run
 
 
 def rows(folder: Path) -> dict[str, Any]:
@@ -300,6 +355,64 @@ def test_options_that_would_have_no_effect_are_errors(leadline, files):
         ran = leadline(*command, *more)
         assert ran.returncode == 2
         assert message in ran.stderr
+
+
+def test_the_preset_of_deepen_is_the_published_recipe(built):
+    trainer = built("deepen", "--preset", "paper")
+    assert {name: getattr(trainer.args, name) for name in RECOVERY} == RECOVERY
+    assert trainer.get_total_train_batch_size(trainer.args) == 80
+    rows = trainer.train_dataset
+    step = [rows[key]["safety"] for key in list(trainer._get_train_sampler())[:80]]
+    assert sum(step) == 16  # and 64 utility rows
+
+
+@pytest.mark.parametrize("more", [(), ("--constrained",)])
+@pytest.mark.parametrize(("name", "epochs"), [("paper", 3), ("paper-harmful", 25)])
+def test_the_presets_of_finetune_are_the_published_settings(built, name, epochs, more):
+    trainer = built("finetune", "--preset", name, *more)
+    published = {**FINETUNING, "num_train_epochs": epochs, **(CONSTRAINT if more else {})}
+    assert {name: getattr(trainer.args, name) for name in published} == published
+    assert trainer.get_total_train_batch_size(trainer.args) == 64
+
+
+def test_the_defaults_are_those_of_the_documentation(built):
+    own = {"learning_rate": 2e-5, "adam_beta1": 0.9, "max_length": 1024, "optim": "adamw_torch"}
+    for command, epochs, warmup in (("deepen", 10, 0), ("finetune", 3, 10)):
+        trainer = built(command)
+        expected = {**own, "num_train_epochs": epochs, "warmup_steps": warmup}
+        assert {name: getattr(trainer.args, name) for name in expected} == expected
+        assert trainer.get_total_train_batch_size(trainer.args) == 16
+
+
+def test_options_replace_the_presets_values(built):
+    trainer = built("deepen", "--preset", "paper", "--batch", 8, "--lr", "1e-4", "--warmup", 0,
+                    "--adam-beta1", 0.8, "--loss", "token-mean", "--alpha", 0.4)  # fmt: skip
+    expected = {**RECOVERY, "learning_rate": 1e-4, "adam_beta1": 0.8, "loss": "token_mean",
+                "alpha": 0.4}  # fmt: skip
+    assert {name: getattr(trainer.args, name) for name in RECOVERY} == expected
+    assert trainer.args.per_device_train_batch_size == 8
+    trainer = built("finetune", "--preset", "paper", "--warmup", 0, "--constrained",
+                    "--weight-floor", "1e-3", "--beta", "1,0.1")  # fmt: skip
+    assert trainer.args.warmup_steps == 0
+    assert (trainer.args.weight_floor, trainer.args.beta) == (1e-3, [1, 0.1])
+    assert trainer.args.adam_beta1 == 0.5
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("deepen", "--preset", "papers"), "unknown preset of deepen 'papers': did you mean 'pap"),
+        (("deepen", "--preset", "paper-harmful"), "unknown preset of deepen 'paper-harmful'"),
+        (("finetune", "--weight-floor", "1e-3"), "--weight-floor requires --constrained"),
+        (("finetune", "--constrained", "--weight-floor", 1), "weight_floor=1.0: give a number"),
+        (("deepen", "--loss", "mean"), "unknown loss 'mean': did you mean 'token_mean'"),
+        (("deepen", "--adam-beta1", 1), "adam_beta1 is 1.0: give 0 or more, and less than 1"),
+    ],
+)
+def test_invalid_presets_and_objectives_are_one_line(built, command, message: str):
+    with pytest.raises(LeadlineError, match=r"^[^\n]+$") as caught:
+        built(*command)
+    assert message in str(caught.value)
 
 
 def test_json_output_is_the_models_folder_and_notes(leadline, files):

@@ -276,7 +276,7 @@ def test_the_decoding_sweep_has_the_papers_49_settings():
     assert [s["top_p"] for s in full if "top_p" in s] == [i / 20 for i in range(1, 21)]
     assert len(short) == 9
     assert all(setting in full for setting in short)
-    with pytest.raises(LeadlineError, match="sweep must be full or short"):
+    with pytest.raises(LeadlineError, match="sweep must be full, short or qi2025"):
         attempts(named("decoding", sweep="long"), "x")
 
 

@@ -49,7 +49,16 @@ def search(target: Target, **options: Any) -> dict[str, Any]:
     return dict(attempt.sampling)
 
 
-@pytest.mark.parametrize("sweep", ["full", "short"])
+def test_the_setting_of_the_depth_paper_is_one_attempt():
+    attack = Attack("decoding", registry.get("attack", "decoding"), {"sweep": "qi2025"})
+    prompt = Prompt(id="1", text="How is a tonic brewed?", dataset="d")
+    (attempt,) = attack.attempts(prompt, 0)
+    assert dict(attempt.sampling) == {"temperature": 0.9, "top_p": 0.6, "top_k": 50}
+    target = Target(lambda settings: 0.0)
+    assert search(target, sweep="qi2025") == dict(attempt.sampling)
+
+
+@pytest.mark.parametrize("sweep", ["full", "short", "qi2025"])
 def test_an_unlimited_search_tries_all_settings_of_decoding(sweep):
     target = Target(lambda settings: 0.0)
     search(target, sweep=sweep, most=99)
@@ -103,7 +112,7 @@ def test_a_missing_verdict_neither_hides_a_break_nor_counts_as_safe(missing, rea
     ("options", "message"),
     [
         ({"most": 0}, "most must be 1 or more, not 0"),
-        ({"sweep": "long"}, "decoding_search: sweep must be full or short"),
+        ({"sweep": "long"}, "decoding_search: sweep must be full, short or qi2025"),
         ({"hottest": 0.5}, "hottest must be a temperature from 1 to 10"),
     ],
 )

@@ -10,9 +10,10 @@ teacher's probability:
     gradient   -sum_v p(v) w_t(v) grad log pi(v)               w_t(v) = 2 sigmoid(-b_t d(v))
 
 The gradient of a token vanishes as the student assigns it a higher probability than its initial,
-aligned weights did; b_t -> 0 is plain forward KL. Scaling the whole divergence by the weight of the
-data's token is not equivalent: where the data refuse and the teacher would comply, that weight
-grows above 1 as the refusal becomes less likely, and accelerates its loss.
+aligned weights did (down to `weight_floor`); b_t -> 0 is plain forward KL. Scaling the whole
+divergence by the weight of the data's token is not equivalent: where the data refuse and the
+teacher would comply, that weight grows above 1 as the refusal becomes less likely, and accelerates
+its loss.
 """
 
 from __future__ import annotations
@@ -154,19 +155,22 @@ class ConstrainedDistillTrainer(ConstrainedSFTTrainer):
         student, outputs = trained_logits(model)
         beta, targets = self._beta(inputs["input_ids"], mask)[mask], labels[mask]
         temperature, share = self.args.temperature, self.args.teacher_share
+        floor = self.args.weight_floor
         logps, reference_logps = (
             -cross_entropy(logits, targets, reduction="none") for logits in (student, reference)
         )
         every = torch.ones_like(targets, dtype=torch.bool)
-        loss = (1 - share) * constrained_loss(logps, reference_logps, beta, every)
-        loss = loss + share * distillation_loss(student, reference, teacher, beta, temperature)
+        loss = (1 - share) * constrained_loss(logps, reference_logps, beta, every, floor)
+        loss = loss + share * distillation_loss(
+            student, reference, teacher, beta, temperature, floor
+        )
         with torch.no_grad():
             student_logps, teacher_logps = student.log_softmax(-1), teacher.log_softmax(-1)
             self._record_metrics(
                 nll=-logps,
-                weight=gradient_weight(logps, reference_logps, beta, every),
+                weight=gradient_weight(logps, reference_logps, beta, every, floor),
                 teacher_kl=(teacher_logps.exp() * (teacher_logps - student_logps)).sum(-1),
-                teacher_weight=teacher_weight(student, reference, teacher, beta),
+                teacher_weight=teacher_weight(student, reference, teacher, beta, floor),
             )
             entropy = -(student_logps.exp() * student_logps).sum(-1)
             is_top1 = (student_logps.argmax(-1) == targets).float()
@@ -187,21 +191,29 @@ class ConstrainedDistillTrainer(ConstrainedSFTTrainer):
             metrics[name].append(total / max(tokens, 1))
 
 
-def teacher_weight(student: Tensor, reference: Tensor, teacher: Tensor, beta: Tensor) -> Tensor:
+def teacher_weight(
+    student: Tensor, reference: Tensor, teacher: Tensor, beta: Tensor, floor: float = 0.0
+) -> Tensor:
     """The mean of w_t(v) under the teacher, per token [tokens]; arguments as in
     `distillation_loss`."""
     logps, initial = student.log_softmax(-1), reference.log_softmax(-1)
     every = torch.ones_like(logps, dtype=torch.bool)
-    weights = gradient_weight(logps, initial, beta[:, None].expand_as(logps), every)
+    weights = gradient_weight(logps, initial, beta[:, None].expand_as(logps), every, floor)
     return (teacher.softmax(-1) * weights).sum(-1)
 
 
 def distillation_loss(
-    student: Tensor, reference: Tensor, teacher: Tensor, beta: Tensor, temperature: float = 1.0
+    student: Tensor,
+    reference: Tensor,
+    teacher: Tensor,
+    beta: Tensor,
+    temperature: float = 1.0,
+    floor: float = 0.0,
 ) -> Tensor:
     """The objective per token [tokens], of logits [tokens, vocabulary] and b_t [tokens].
 
-    Where b_t is 0 it is KL(teacher || student) up to a constant. With a temperature it is
+    Where b_t is 0 it is KL(teacher || student) up to a constant. `floor` is the smallest weight
+    w_t(v). With a temperature it is
     multiplied by the temperature's square (Hinton et al., arXiv 1503.02531).
     """
     logps, initial, target = (
@@ -209,7 +221,9 @@ def distillation_loss(
     )
     b = (beta * temperature)[:, None].expand_as(logps)
     every = torch.ones_like(logps, dtype=torch.bool)
-    return temperature**2 * (target.exp() * constrained_loss(logps, initial, b, every)).sum(-1)
+    return temperature**2 * (target.exp() * constrained_loss(logps, initial, b, every, floor)).sum(
+        -1
+    )
 
 
 def _frozen_copy(model: Any) -> Any:

@@ -7,12 +7,21 @@ Per response token t, with d = log pi(y_t) - log pi_reference(y_t):
 
 A large b_t keeps the token's probability close to the reference: its weight falls to 0 once
 fine-tuning has made it more likely than under the reference. As b_t goes to 0, the objective minus
-its constant (2 / b_t) log 2 becomes -d, which is cross-entropy up to a constant. Pure functions of
-tensors, computed in float32 or higher precision.
+its constant (2 / b_t) log 2 becomes -d, which is cross-entropy up to a constant.
+
+The paper's official code bounds the weight below by 1e-3. With a `floor` f, the objective is
+continued linearly where its weight would fall below f, so that the gradient is exactly
+-max(w_t, f) * grad log pi(y_t) and the loss remains the objective that is minimized:
+
+    objective  (2 / b_t) * -log sigmoid(b_t * d_f) - f * (d - d_f)   where d > d_f
+    with       d_f = log(2 / f - 1) / b_t                            w_t(d_f) = f
+
+Pure functions of tensors, computed in float32 or higher precision.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -54,24 +63,34 @@ def schedule(beta: Sequence[float], positions: Tensor) -> Tensor:
     return values[(positions - 1).clamp(0, len(values) - 1)]
 
 
-def constrained_loss(logps: Tensor, reference: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
+def constrained_loss(
+    logps: Tensor, reference: Tensor, beta: Tensor, mask: Tensor, floor: float = 0.0
+) -> Tensor:
     """The objective per token, 0 where `mask` is false; all four tensors have one shape.
 
-    Where b_t is 0, its limit without the constant: reference - logps.
+    Where b_t is 0, its limit without the constant: reference - logps. `floor`, from 0 to less than
+    1, is the smallest weight.
     """
     from torch.nn.functional import logsigmoid
 
     gain = _gain(logps, reference, mask)
     is_zero = beta == 0
     b = beta.to(gain.dtype).masked_fill(is_zero, 1)
-    return (-(2 / b) * logsigmoid(b * gain)).where(~is_zero, -gain) * mask
+    if not floor:
+        return (-(2 / b) * logsigmoid(b * gain)).where(~is_zero, -gain) * mask
+    limit = math.log(2 / floor - 1) / b
+    curved = -(2 / b) * logsigmoid(b * gain.where(gain <= limit, limit))
+    linear = -floor * (gain - limit).relu()
+    return (curved + linear).where(~is_zero, -gain) * mask
 
 
-def gradient_weight(logps: Tensor, reference: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
-    """w_t, the factor by which the objective scales the gradient of each token's cross-entropy;
-    0 where `mask` is false. Shapes as in `constrained_loss`."""
+def gradient_weight(
+    logps: Tensor, reference: Tensor, beta: Tensor, mask: Tensor, floor: float = 0.0
+) -> Tensor:
+    """max(w_t, floor), the factor by which the objective scales the gradient of each token's
+    cross-entropy; 0 where `mask` is false. Shapes as in `constrained_loss`."""
     gain = _gain(logps, reference, mask)
-    return 2 * (-beta.to(gain.dtype) * gain).sigmoid() * mask
+    return (2 * (-beta.to(gain.dtype) * gain).sigmoid()).clamp(min=floor) * mask
 
 
 def _gain(logps: Tensor, reference: Tensor, mask: Tensor) -> Tensor:

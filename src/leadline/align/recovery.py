@@ -4,8 +4,22 @@ The model learns to continue a partial harmful answer h with a refusal r:
 
     alpha E_{(x, h, r), k ~ P_k}[-log pi(r | x, h_<=k)] + (1 - alpha) E_{(x', y')}[-log pi(y' | x')]
 
-P_k is 0 with probability 1/2, else uniform on 1..min(K, |h|), in tokens. Both expectations are
-means over the learned tokens of a whole optimizer step: of all its micro-batches and processes.
+P_k is 0 with probability 1/2, else uniform on 1..min(K, |h|), in tokens. Two losses, both computed
+over the learned tokens of a whole optimizer step (all micro-batches and processes), which has n
+rows, a share s of them safety rows, and N learned tokens, N_r of refusals and N_u of utility
+answers:
+
+    paper       the equation as written: -log pi of a sequence is the sum over its tokens, and an
+                expectation is the mean over rows. It is divided by N / n, the mean number of
+                learned tokens of a row, as the token mean of the paper's official code does:
+                (alpha / s * sum over refusals + (1 - alpha) / (1 - s) * sum over answers) / N.
+                Where s is alpha, this is the mean over all tokens, and all tokens weigh the same.
+    token_mean  alpha * mean over the tokens of refusals + (1 - alpha) * mean over the tokens of
+                answers. A token of a refusal weighs alpha / N_r, one of an answer
+                (1 - alpha) / N_u, whatever the share.
+
+Refusals are shorter than answers, so token_mean gives their tokens more weight: with s = alpha,
+refusals of 7 tokens and answers of 73, a refusal token weighs 10.4 times as much as an answer's.
 """
 
 from __future__ import annotations
@@ -21,9 +35,13 @@ from trl import SFTConfig, SFTTrainer
 
 from ..models.template import Template
 from ..records import LeadlineError
+from ..registry import unknown
 from .data import Dialogue, Triplet, dialogue, triplet
 from .mixture import IGNORED, MixtureDataset, MixtureSampler
 from .turns import TurnFormat
+
+LOSSES = ("paper", "token_mean")
+_SHARE = 0.2  # default share of safety rows with the token_mean loss
 
 # Settings of SFTConfig that this objective, or its mixing of two datasets, does not support.
 _FIXED = {
@@ -40,29 +58,41 @@ _FIXED = {
 
 @dataclass
 class RecoveryConfig(SFTConfig):  # type: ignore[misc]
-    """SFTConfig with the paper's settings: ten epochs at a learning rate of 2e-5, without warmup.
+    """SFTConfig, plus the settings of the objective (see the module's docstring for `loss`).
 
-    An epoch is one pass over the safety rows (over the utility rows where alpha is 0). Raises
-    LeadlineError for invalid values and for settings that recovery training does not support.
+    The defaults of epochs, learning rate (TRL's 2e-5), warmup (none) and max_prefix are the
+    paper's; the paper's optimizer steps have 16 safety and 64 utility rows. An epoch is one pass
+    over the safety rows (over the utility rows where alpha is 0). `safety_share` is alpha by
+    default with the paper's loss and 0.2 with token_mean. Raises LeadlineError for invalid values
+    and for settings that recovery training does not support.
     """
 
     num_train_epochs: float = field(default=10.0)
+    loss: str = field(
+        default="paper",
+        metadata={
+            "help": "paper: sums over tokens and means over rows, so that all tokens weigh the "
+            "same where safety_share is alpha. token_mean: the weighted sum of two means over "
+            "tokens, one of refusals and one of utility answers."
+        },
+    )
     alpha: float = field(
         default=0.2,
         metadata={
-            "help": "Weight of the refusals' mean loss. The weight of the utility answers' mean "
-            "loss is 1 - alpha."
+            "help": "Weight of the refusals' loss. The weight of the utility answers' loss is "
+            "1 - alpha."
         },
     )
     max_prefix: int = field(
         default=100,
         metadata={"help": "K: largest number of harmful tokens before a refusal."},
     )
-    safety_share: float = field(
-        default=0.2,
+    safety_share: float | None = field(
+        default=None,
         metadata={
             "help": "Share of safety rows in every optimizer step, at least one row. It sets how "
-            "often they are sampled, not their weight in the loss."
+            "often they are sampled; the loss corrects for it, so that alpha alone sets their "
+            "weight. Default: alpha, or 0.2 with loss=token_mean."
         },
     )
 
@@ -70,7 +100,12 @@ class RecoveryConfig(SFTConfig):  # type: ignore[misc]
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise LeadlineError(f"alpha is {self.alpha}: give a weight from 0 to 1")
-        if not 0 < self.safety_share < 1:
+        if self.loss not in LOSSES:
+            raise LeadlineError(unknown("loss", self.loss, LOSSES))
+        if self.safety_share is None:
+            self.safety_share = self.alpha if self.loss == "paper" else _SHARE
+        # With alpha 0 or 1 every step has rows of one kind, so the share has no effect.
+        if self.safety_share != self.alpha and not 0 < self.safety_share < 1:
             raise LeadlineError(
                 f"safety_share is {self.safety_share}: give a share between 0 and 1"
             )
@@ -91,8 +126,9 @@ class RecoveryTrainer(SFTTrainer):  # type: ignore[misc]
     {prompt, completion} or {messages} whose last turn is the answer. A prompt is a string (one user
     turn) or a list of messages.
 
-    Logs `loss` (the objective), `safety_loss` and `utility_loss` (its two means). An `eval_dataset`
-    holds rows of one kind, and its loss is their mean; give a dict of two for both kinds. Every
+    Logs `loss` (the objective), `safety_loss` and `utility_loss` (the means over the tokens of
+    refusals and of utility answers). An `eval_dataset` holds rows of one kind, and its loss is the
+    mean over their tokens; give a dict of two for both kinds. Every
     optimizer step depends only on the data, the seed and the step's number, so that a resumed run,
     or one with other numbers of processes and micro-batches, gives the same weights.
 
@@ -168,12 +204,15 @@ class RecoveryTrainer(SFTTrainer):  # type: ignore[misc]
     def _get_num_items_in_batch(
         self, batch_samples: Sequence[dict[str, Any]], device: torch.device
     ) -> torch.Tensor:
-        """The numbers of learned tokens of this optimizer step, over all processes: [tokens of
-        refusals, tokens of utility answers]."""
-        counts = torch.zeros(2)
+        """The numbers of learned tokens and of rows of this optimizer step, over all processes:
+        [tokens of refusals, tokens of utility answers, safety rows, utility rows]."""
+        counts = torch.zeros(4)
         for batch in batch_samples:
             learned = (batch["labels"][:, 1:] != IGNORED).sum(1)
-            counts += _sum_by_kind(learned, batch["safety"]).to(counts)
+            rows = torch.ones_like(learned)
+            counts += torch.cat([_sum_by_kind(x, batch["safety"]) for x in (learned, rows)]).to(
+                counts
+            )
         counts = counts.to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
@@ -191,19 +230,19 @@ class RecoveryTrainer(SFTTrainer):  # type: ignore[misc]
         safety = inputs.pop("safety", None)
         if num_items_in_batch is None or safety is None:  # evaluation
             return super().compute_loss(model, inputs, return_outputs)
-        counts = num_items_in_batch.clamp(min=1)
-        alpha: float = self.args.alpha
-        token_weights = torch.where(safety, alpha / counts[0], (1 - alpha) / counts[1])
+        tokens, rows = num_items_in_batch.view(2, 2)
+        kind_weights = token_weights(tokens, rows, self.args.alpha, self.args.loss)
+        row_weights = torch.where(safety, *kind_weights)
 
         def weighted_model(**inputs: Any) -> Any:
             """The model with its per-token log-probs multiplied by their weights in the objective,
             so that SFTTrainer's sum over them is this micro-batch's part of it."""
             outputs = model(**inputs)
-            self._log_means(outputs.log_probs.detach().sum(1), safety, counts)
-            outputs.log_probs = outputs.log_probs * token_weights[:, None]
+            self._log_means(outputs.log_probs.detach().sum(1), safety, tokens.clamp(min=1))
+            outputs.log_probs = outputs.log_probs * row_weights[:, None]
             return outputs
 
-        one = token_weights.new_ones(())  # the weights are normalized already
+        one = row_weights.new_ones(())  # the weights are normalized already
         return super().compute_loss(weighted_model, inputs, return_outputs, one)
 
     def _log_means(self, log_probs: torch.Tensor, safety: torch.Tensor, counts: Any) -> None:
@@ -217,6 +256,21 @@ class RecoveryTrainer(SFTTrainer):  # type: ignore[misc]
             metrics["safety_loss"].append(part[0].item())
         if alpha < 1:
             metrics["utility_loss"].append(part[1].item())
+
+
+def token_weights(
+    tokens: torch.Tensor, rows: torch.Tensor, alpha: float, loss: str
+) -> torch.Tensor:
+    """The weight of one token's loss in the objective: [in a refusal, in a utility answer].
+
+    `tokens` and `rows` are the numbers of learned tokens and of rows of a whole optimizer step, by
+    kind in the same order; `loss` is one of LOSSES.
+    """
+    importance = tokens.new_tensor([alpha, 1 - alpha])
+    if loss == "token_mean":
+        return importance / tokens.clamp(min=1)
+    shares = rows.clamp(min=1) / rows.sum().clamp(min=1)  # no division by 0 without rows of a kind
+    return importance / shares / tokens.sum().clamp(min=1)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..models.checkpoint import Checkpoint
 from ..progress import CombinedProgress, Listener
+from ..records import LeadlineError
 from . import data
 from .settings import EvaluationConfig, TrainingConfig
 from .training_run import (
@@ -34,31 +35,33 @@ def deepen(
     utility: str | Path,
     out: str | Path,
     *,
+    loss: str = "paper",
     alpha: float = 0.2,
     max_prefix: int = 100,
     training: TrainingConfig | None = None,
     evaluation: EvaluationConfig | None = _EVALUATION,
     listener: Listener | None = None,
 ) -> RepairResult:
-    """Deepen safety alignment by recovery augmentation (see recovery.py), and evaluate the result.
+    """Deepen safety alignment by recovery augmentation, and evaluate the result.
 
+    `loss` is "paper" or "token_mean" (see recovery.py), `alpha` the weight of the refusals.
     `harmful` is a file of rows {prompt, harmful} with optional refusals, `utility` a file of
     dialogues or prompts. Missing refusals and answers are generated with the model before training.
-    Raises LeadlineError, before training starts, for invalid rows and settings and for a folder
-    that contains another run.
+    `training` is TrainingConfig.preset("deepen") by default; preset("deepen", "paper") has the
+    published settings. Raises LeadlineError, before training starts, for invalid rows and settings
+    and for a folder that contains another run.
     """
     from .prepare import prepare
 
-    training, out = training or TrainingConfig(), Path(out)
-    run = TrainingRun.open(
-        out, model, training, evaluation, [harmful, utility], alpha=alpha, max_prefix=max_prefix
-    )
+    training, out = training or TrainingConfig.preset("deepen"), Path(out)
+    objective: dict[str, Any] = {"loss": loss, "alpha": alpha, "max_prefix": max_prefix}
+    run = TrainingRun.open(out, model, training, evaluation, [harmful, utility], **objective)
     triplets, dialogues = data.read_harmful(harmful), data.read_utility(utility)
     data.check_lengths([*triplets, *dialogues], run.template, training.max_length)
     from .recovery import RecoveryConfig, RecoveryTrainer
 
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        config = RecoveryConfig(**run.arguments, alpha=alpha, max_prefix=max_prefix)
+        config = RecoveryConfig(**run.arguments, **objective)
     progress = CombinedProgress(listener)
     triplets, dialogues, counts = prepare(
         run.checkpoint.path,
@@ -89,6 +92,7 @@ def finetune(
     *,
     constrained: bool = False,
     beta: Sequence[float] | None = None,
+    weight_floor: float = 0.0,
     teacher: str | Path | None = None,
     training: TrainingConfig | None = None,
     evaluation: EvaluationConfig | None = _EVALUATION,
@@ -97,40 +101,46 @@ def finetune(
     """Fine-tune on a file of dialogues (`rows`), and evaluate the result.
 
     With `constrained`, the first tokens of each response are constrained to the initial model (see
-    trainers.py); `beta` is the schedule of the constraint. With a `teacher` of the same vocabulary,
-    half of the loss is distillation of its distributions on the dialogues (see distill.py). Raises
-    LeadlineError as `deepen` does.
+    trainers.py); `beta` is the schedule of the constraint, and `weight_floor` the smallest share of
+    a token's plain gradient that it leaves. With a `teacher` of the same vocabulary, half of the
+    loss is distillation of its distributions on the dialogues (see distill.py). `training` is
+    TrainingConfig.preset("finetune") by default. Raises LeadlineError as `deepen` does.
     """
-    training, out = training or TrainingConfig(epochs=3, warmup=10), Path(out)
+    if weight_floor and not constrained:
+        raise LeadlineError("weight_floor requires constrained=True")
+    training, out = training or TrainingConfig.preset("finetune"), Path(out)
     teacher_checkpoint = None if teacher is None else Checkpoint.find(teacher)
     run = TrainingRun.open(
         out, model, training, evaluation, [rows], constrained=constrained, beta=beta,
-        teacher=teacher_checkpoint and teacher_checkpoint.revision,
+        weight_floor=weight_floor, teacher=teacher_checkpoint and teacher_checkpoint.revision,
     )  # fmt: skip
     if teacher_checkpoint:
         check_vocabularies(run, teacher_checkpoint)
     dialogues = data.read_training(rows)
     data.check_lengths(dialogues, run.template, training.max_length)
     progress = CombinedProgress(listener)
-    schedule: dict[str, Any] = {"beta": list(beta)} if beta else {}
+    constraint: dict[str, Any] = {"weight_floor": weight_floor}
+    if beta:
+        constraint["beta"] = list(beta)
 
     def build_trainer(model: Any, **rest: Any) -> Any:
         rest = {"train_dataset": to_dataset(dialogues), **rest}
         if teacher_checkpoint:
             from .distill import ConstrainedDistillConfig, ConstrainedDistillTrainer
 
-            betas = schedule if constrained else {"beta": [0.0]}  # 0: plain distillation
+            # b_t = 0 is plain distillation.
+            settings = constraint if constrained else {"beta": [0.0]}
             return ConstrainedDistillTrainer(
                 model,
                 load_for_training(teacher_checkpoint),
-                ConstrainedDistillConfig(**run.arguments, **betas),
+                ConstrainedDistillConfig(**run.arguments, **settings),
                 **rest,
             )
         if constrained:
             from .trainers import ConstrainedSFTConfig, ConstrainedSFTTrainer
 
             return ConstrainedSFTTrainer(
-                model, ConstrainedSFTConfig(**run.arguments, **schedule), **rest
+                model, ConstrainedSFTConfig(**run.arguments, **constraint), **rest
             )
         from trl import SFTConfig, SFTTrainer
 

@@ -5,12 +5,38 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..records import LeadlineError
 from ..registry import unknown
+
+_FINETUNING: dict[str, Any] = {
+    "lr": 2e-5, "epochs": 3.0, "batch": 64, "warmup": 10, "optimizer": "adamw_torch",
+    "adam_beta1": 0.5, "max_length": 512,
+}  # fmt: skip
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "deepen": {
+        "default": {},
+        "paper": {
+            "lr": 2e-5, "epochs": 10.0, "batch": 80, "warmup": 0, "optimizer": "adamw_torch",
+            "adam_beta1": 0.9, "max_length": 512,
+        },
+    },
+    "finetune": {
+        "default": {"epochs": 3.0, "warmup": 10},
+        "paper": _FINETUNING,
+        "paper-harmful": {**_FINETUNING, "epochs": 25.0},
+    },
+}  # fmt: skip
+"""Settings that differ from the defaults of TrainingConfig, by command and name of the preset.
+
+`paper` has those of arXiv 2406.05946 and its official code for Llama-2-7B-Chat. Linear decay of the
+learning rate, adam_beta2=0.999 and no weight decay are TRL's defaults. A batch of 80 rows has 16
+safety rows, since their share is alpha (0.2).
+"""
 
 
 @dataclass(frozen=True)
@@ -20,7 +46,8 @@ class TrainingConfig:
     `steps` is the number of optimizer steps (None: `epochs` epochs). A step takes `batch` rows,
     `micro` rows at a time. `lora` is the rank of adapters, which are trained in place of all
     weights and merged after training. `optimizer` is one of transformers' names ("adamw_torch",
-    "sgd", ...). Raises LeadlineError for invalid values.
+    "sgd", ...); `adam_beta1` is beta_1 of Adam and AdamW. The learning rate falls linearly to 0
+    after the warmup. Raises LeadlineError for invalid values.
     """
 
     lr: float = 2e-5
@@ -30,6 +57,7 @@ class TrainingConfig:
     micro: int | None = None
     warmup: int = 0
     optimizer: str = "adamw_torch"
+    adam_beta1: float = 0.9
     max_length: int = 1024
     lora: int | None = None
     seed: int = 0
@@ -40,6 +68,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise LeadlineError(f"{name} is {value}: give a finite number above 0")
+        if not 0 <= self.adam_beta1 < 1:
+            raise LeadlineError(f"adam_beta1 is {self.adam_beta1}: give 0 or more, and less than 1")
         if self.warmup < 0:
             raise LeadlineError(f"warmup is {self.warmup}: give 0 or more steps")
         if not 0 <= self.seed < 2**32:
@@ -49,6 +79,22 @@ class TrainingConfig:
                 f"batch is {self.batch}, which is not a multiple of micro ({self.micro}): set "
                 "micro to a divisor of batch"
             )
+
+    @classmethod
+    def preset(cls, command: str, name: str = "default", **settings: Any) -> TrainingConfig:
+        """The settings of a command's preset (see PRESETS), replaced by those of `settings` that
+        are not None.
+
+        Raises LeadlineError for an unknown preset and for invalid values.
+        """
+        presets = PRESETS[command]
+        if name not in presets:
+            raise LeadlineError(unknown(f"preset of {command}", name, presets))
+        names = {each.name for each in fields(cls)}
+        explicit = {key: value for key, value in settings.items() if value is not None}
+        if wrong := sorted(explicit.keys() - names):
+            raise LeadlineError(unknown("training setting", wrong[0], names))
+        return cls(**{**presets[name], **explicit})
 
     def arguments(self, folder: Path) -> dict[str, Any]:
         """Arguments of an SFTConfig or a subclass; `folder` is for checkpoints.
@@ -87,6 +133,7 @@ class TrainingConfig:
             "gradient_accumulation_steps": self.batch // micro,
             "warmup_steps": self.warmup,
             "optim": self.optimizer,
+            "adam_beta1": self.adam_beta1,
             "max_length": self.max_length,
             "seed": self.seed,
             "bf16": gpu,

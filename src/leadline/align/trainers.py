@@ -6,7 +6,7 @@ takes the arguments of `SFTTrainer(model, SFTConfig(...), ...)` and changes only
 are constrained to the model as it was before the first update, most strongly in their first tokens
 (see losses.py). The optimizer's settings are TRL's, so that plain fine-tuning with the same config
 is a fair comparison. The paper's are adam_beta1=0.5, warmup_steps=10, max_length=512,
-learning_rate=2e-5 and batches of 64.
+learning_rate=2e-5 and batches of 64 (`leadline finetune --preset paper`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class ConstrainedSFTConfig(SFTConfig):  # type: ignore[misc]
     """SFTConfig, plus the strength of the constraint on each response token.
 
     `beta` is b_t of the first, second, ... token of a response; its last value applies to all later
-    tokens. A larger b_t is a stronger constraint, 0 is plain cross-entropy. `reference_cache` is
+    tokens. A larger b_t is a stronger constraint, 0 is plain cross-entropy. `weight_floor` is the
+    smallest weight w_t of a token's gradient, and `loss` and `weight` in the log include it; the
+    paper's equation has none (0), its official code uses 1e-3. `reference_cache` is
     the folder of the reference log-probs (default: `_reference` in output_dir; the underscore keeps
     it out of push_to_hub). Raises LeadlineError for settings under which the objective is not
     defined.
@@ -57,6 +59,13 @@ class ConstrainedSFTConfig(SFTConfig):  # type: ignore[misc]
         metadata={
             "help": "b_t of the first, second, ... response token; the last value applies to all "
             "later tokens."
+        },
+    )
+    weight_floor: float = field(
+        default=0.0,
+        metadata={
+            "help": "Smallest share of a token's plain gradient that the constraint leaves, from 0 "
+            "to less than 1."
         },
     )
     disable_dropout: bool = field(
@@ -77,6 +86,11 @@ class ConstrainedSFTConfig(SFTConfig):  # type: ignore[misc]
         if not self.beta or not all(math.isfinite(b) and b >= 0 for b in self.beta):
             raise LeadlineError(
                 f"beta={self.beta}: give a list of finite numbers from 0, such as {list(BETA)}"
+            )
+        if not 0 <= self.weight_floor < 1:
+            raise LeadlineError(
+                f"weight_floor={self.weight_floor}: give a number from 0 to less than 1, such as "
+                "1e-3"
             )
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise LeadlineError(
@@ -249,12 +263,12 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """
         virtual = mask.size(1) - ids.size(1) + 1
         reference = pad(reference[:, 1:], (virtual, 0))
-        beta = self._beta(ids, mask)
+        beta, floor = self._beta(ids, mask), self.args.weight_floor
         with torch.no_grad():
-            weights = gradient_weight(logps, reference, beta, mask)
+            weights = gradient_weight(logps, reference, beta, mask, floor)
             sums = torch.stack([-logps.float().sum(), weights.sum(), mask.sum()])
             self._sums[self.model.training] += self.accelerator.reduce(sums, "sum")
-        return constrained_loss(logps, reference, beta, mask)
+        return constrained_loss(logps, reference, beta, mask, floor)
 
     def _beta(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """b_t of every token, in the shape of `mask` [rows, tokens - 1]."""

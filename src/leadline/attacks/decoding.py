@@ -1,6 +1,17 @@
 """The unchanged request, sampled with many decoding settings.
 
 Safety is usually evaluated with one setting only; others can break the same model.
+
+Settings that the publications leave to model defaults: the code of Huang et al., which Qi et al.
+(arXiv 2406.05946) use as well, passes one parameter at a time to `generate` of transformers. The
+others have the values of the model's generation_config.json (Llama-2-chat has a temperature and a
+top-p there) and otherwise those of transformers: temperature 1, top-p 1 and top-k 50. Its sweeps of
+temperature and top-p therefore usually sample from the 50 most probable tokens only.
+
+Here, every setting names its temperature. A top-k or top-p that it does not name is that of the
+study's `sampling`, or else the model's: for local weights, the value in generation_config.json, and
+without one the parameter is off, not 50; for an endpoint, the server's default. To sample as the
+published code does, put `top_k: 50` into the study's `sampling`.
 """
 
 from __future__ import annotations
@@ -28,6 +39,8 @@ SWEEPS: dict[str, tuple[dict[str, float | int], ...]] = {
         *({"temperature": 1.0, "top_k": k} for k in (2, 20, 200)),
         *({"temperature": 1.0, "top_p": p} for p in (0.3, 0.6, 0.9)),
     ),
+    # The one setting of every other evaluation in arXiv 2406.05946, with one sample per prompt.
+    "qi2025": ({"temperature": 0.9, "top_p": 0.6, "top_k": 50},),
 }
 
 
@@ -38,7 +51,10 @@ SWEEPS: dict[str, tuple[dict[str, float | int], ...]] = {
     pool="any",
 )
 def decoding(prompt: Prompt, *, sweep: str = "full", hottest: float = 1.0) -> list[Attempt]:
-    """The unchanged request at 49 settings of temperature, top-k and top-p (`sweep: short`: 9)."""
+    """The unchanged request at 49 settings of temperature, top-k and top-p (`sweep: short`: 9).
+
+    `sweep: qi2025` is the single setting of arXiv 2406.05946.
+    """
     settings = _settings("decoding", sweep, hottest)
     return [Attempt.ask(prompt.text, sampling=each) for each in settings]
 
@@ -81,7 +97,7 @@ async def decoding_search(
 def _settings(name: str, sweep: str, hottest: float) -> list[dict[str, float | int]]:
     """The settings of a sweep, then temperatures above 1 up to `hottest`."""
     if sweep not in SWEEPS:
-        raise LeadlineError(f"{name}: sweep must be full or short, not {sweep!r}")
+        raise LeadlineError(f"{name}: sweep must be full, short or qi2025, not {sweep!r}")
     if not 1 <= hottest <= 10:
         raise LeadlineError(f"{name}: hottest must be a temperature from 1 to 10, not {hottest}")
     steps = range(1, int((hottest - 1) / _HOTTER) + 1)
@@ -91,9 +107,16 @@ def _settings(name: str, sweep: str, hottest: float) -> list[dict[str, float | i
 def _most_random_first(settings: list[dict[str, float | int]]) -> list[dict[str, float | int]]:
     """Settings in the order of the search: the three parameters alternate, each from its most to
     its least random value, since random settings break prompts more often."""
+    groups = sorted(
+        {tuple(sorted(each)) for each in settings}, key=lambda names: (len(names), names)
+    )
     by_parameter = [
-        sorted((each for each in settings if set(each) == names), key=_randomness, reverse=True)
-        for names in ({"temperature"}, {"temperature", "top_k"}, {"temperature", "top_p"})
+        sorted(
+            (each for each in settings if tuple(sorted(each)) == names),
+            key=_randomness,
+            reverse=True,
+        )
+        for names in groups
     ]
     return [each for turn in zip_longest(*by_parameter) for each in turn if each]
 

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(help="A model folder, a hub id, or an organism.")]
 Out = Annotated[Path, typer.Option(help="The folder to write the new model to.")]
-Lr = Annotated[float, typer.Option("--lr", help="The peak learning rate.")]
+# The default of an option of training is None: the preset's value.
+Lr = Annotated[float | None, typer.Option("--lr", help="The peak learning rate (default: 2e-5).")]
 Steps = Annotated[
     int | None,
     typer.Option("--steps", help="The number of optimizer steps. It overrides --epochs."),
 ]
-Batch = Annotated[int, typer.Option("--batch", help="The number of rows per optimizer step.")]
+Batch = Annotated[
+    int | None,
+    typer.Option("--batch", help="The number of rows per optimizer step (default: 16)."),
+]
 Micro = Annotated[
     int | None,
     typer.Option(
@@ -31,11 +35,20 @@ Micro = Annotated[
         "A smaller number needs less memory.",
     ),
 ]
-Warmup = Annotated[int, typer.Option("--warmup", help="The number of warmup steps.")]
 Optimizer = Annotated[
-    str, typer.Option("--optimizer", help="The optimizer, by its name in transformers.")
+    str | None,
+    typer.Option(
+        "--optimizer", help="The optimizer, by its name in transformers (default: adamw_torch)."
+    ),
 ]
-Length = Annotated[int, typer.Option("--max-length", help="The largest number of tokens of a row.")]
+AdamBeta1 = Annotated[
+    float | None,
+    typer.Option("--adam-beta1", help="beta_1 of Adam and AdamW (default: 0.9)."),
+]
+Length = Annotated[
+    int | None,
+    typer.Option("--max-length", help="The largest number of tokens of a row (default: 1024)."),
+]
 Lora = Annotated[
     int | None,
     typer.Option(
@@ -44,9 +57,14 @@ Lora = Annotated[
         "(default: train all weights).",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="The random seed of training.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="The random seed of training (default: 0).")
+]
 Report = Annotated[
-    str, typer.Option("--report-to", help="Where to log training: none, tensorboard, wandb, ...")
+    str | None,
+    typer.Option(
+        "--report-to", help="Where to log training: none (default), tensorboard, wandb, ..."
+    ),
 ]
 Dataset = Annotated[
     str,
@@ -96,23 +114,46 @@ def deepen(
         typer.Option(help="A file of harmless dialogues: {prompt[, completion]} or {messages}."),
     ],
     out: Out,
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="Values of the options below: default, or paper, the published settings of "
+            "arXiv 2406.05946. An option that is given replaces the preset's value."
+        ),
+    ] = "default",
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="paper: all tokens of refusals and answers weigh the same. token-mean: weigh the "
+            "mean over refusals and the mean over answers with --alpha."
+        ),
+    ] = "paper",
     alpha: Annotated[
-        float, typer.Option(help="The weight of the refusals' loss, from 0 to 1.")
+        float,
+        typer.Option(
+            help="The weight of the refusals' loss, from 0 to 1. With --loss paper it is also "
+            "their share of the rows."
+        ),
     ] = 0.2,
     max_prefix: Annotated[
         int, typer.Option(help="The largest number of harmful tokens before a refusal.")
     ] = 100,
-    epochs: Annotated[float, typer.Option(help="The number of passes over the harmful rows.")] = 10,
-    lr: Lr = 2e-5,
+    epochs: Annotated[
+        float | None, typer.Option(help="The number of passes over the harmful rows (default: 10).")
+    ] = None,
+    lr: Lr = None,
     steps: Steps = None,
-    batch: Batch = 16,
+    batch: Batch = None,
     micro: Micro = None,
-    warmup: Warmup = 0,
-    optimizer: Optimizer = "adamw_torch",
-    max_length: Length = 1024,
+    warmup: Annotated[
+        int | None, typer.Option(help="The number of warmup steps (default: 0).")
+    ] = None,
+    optimizer: Optimizer = None,
+    adam_beta1: AdamBeta1 = None,
+    max_length: Length = None,
     lora: Lora = None,
-    seed: Seed = 0,
-    report_to: Report = "none",
+    seed: Seed = None,
+    report_to: Report = None,
     dataset: Dataset = "guild",
     judge: Judge = None,
     limit: Limit = None,
@@ -135,11 +176,11 @@ def deepen(
     """
     from ..align import repair
 
-    training, evaluation = _configs(context)
+    training, evaluation = _configs(context, "deepen")
     with stoppable(), progress_bar() as listener:
         result = repair.deepen(
-            model, harmful, utility, out, alpha=alpha, max_prefix=max_prefix, training=training,
-            evaluation=evaluation, listener=listener,
+            model, harmful, utility, out, loss=loss.replace("-", "_"), alpha=alpha,
+            max_prefix=max_prefix, training=training, evaluation=evaluation, listener=listener,
         )  # fmt: skip
     _print_result(result, as_json)
 
@@ -167,23 +208,43 @@ def finetune(
             "Requires --constrained."
         ),
     ] = None,
+    weight_floor: Annotated[
+        float,
+        typer.Option(
+            help="The smallest share of a token's plain gradient that the constraint leaves, from "
+            "0 to less than 1 (the official code uses 1e-3). Requires --constrained."
+        ),
+    ] = 0.0,
     teacher: Annotated[
         str | None,
         typer.Option(
             help="A model with the same tokenizer, to distil on the data: half of the loss."
         ),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="The number of passes over the data.")] = 3,
-    lr: Lr = 2e-5,
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="Values of the options below: default; paper, the published settings of "
+            "arXiv 2406.05946; or paper-harmful, the same with 25 epochs, as published for "
+            "harmful data. An option that is given replaces the preset's value."
+        ),
+    ] = "default",
+    epochs: Annotated[
+        float | None, typer.Option(help="The number of passes over the data (default: 3).")
+    ] = None,
+    lr: Lr = None,
     steps: Steps = None,
-    batch: Batch = 16,
+    batch: Batch = None,
     micro: Micro = None,
-    warmup: Warmup = 10,
-    optimizer: Optimizer = "adamw_torch",
-    max_length: Length = 1024,
+    warmup: Annotated[
+        int | None, typer.Option(help="The number of warmup steps (default: 10).")
+    ] = None,
+    optimizer: Optimizer = None,
+    adam_beta1: AdamBeta1 = None,
+    max_length: Length = None,
     lora: Lora = None,
-    seed: Seed = 0,
-    report_to: Report = "none",
+    seed: Seed = None,
+    report_to: Report = None,
     dataset: Dataset = "guild",
     judge: Judge = None,
     limit: Limit = None,
@@ -203,7 +264,9 @@ def finetune(
     """
     from ..align import repair
 
-    training, evaluation = _configs(context)
+    training, evaluation = _configs(context, "finetune")
+    if weight_floor and not constrained:
+        raise LeadlineError("--weight-floor requires --constrained")
     if beta and not constrained:
         raise LeadlineError("--beta requires --constrained")
     try:
@@ -214,22 +277,28 @@ def finetune(
         ) from None
     with stoppable(), progress_bar() as listener:
         result = repair.finetune(
-            model, data, out, constrained=constrained, beta=schedule, teacher=teacher,
-            training=training, evaluation=evaluation, listener=listener,
+            model, data, out, constrained=constrained, beta=schedule, weight_floor=weight_floor,
+            teacher=teacher, training=training, evaluation=evaluation, listener=listener,
         )  # fmt: skip
     _print_result(result, as_json)
 
 
-def _configs(context: typer.Context) -> tuple[TrainingConfig, EvaluationConfig | None]:
+def _configs(
+    context: typer.Context, command: str
+) -> tuple[TrainingConfig, EvaluationConfig | None]:
     """The configurations from the options that both commands share. Options of training have the
-    names of the fields of TrainingConfig."""
+    names of the fields of TrainingConfig, and are None where the preset's value applies."""
     from dataclasses import fields
 
     from ..align.repair import EvaluationConfig, TrainingConfig
     from ..study import DatasetPick, JudgePick
 
     options = context.params
-    training = TrainingConfig(**{each.name: options[each.name] for each in fields(TrainingConfig)})
+    training = TrainingConfig.preset(
+        command,
+        options["preset"],
+        **{each.name: options[each.name] for each in fields(TrainingConfig)},
+    )
     if options["no_evaluation"]:
         if options["watch"] or options["on_breach"] != "warn":
             raise LeadlineError("--no-evaluation cannot be combined with --watch or --on-breach")
