@@ -9,7 +9,7 @@ from leadline.records import LeadlineError
 PLUGIN = registry.get("dataset", "guild")
 
 
-def test_heldout_prompts_are_48_of_potions_that_alignment_never_saw():
+def test_heldout_prompts_are_48_about_potions_outside_the_alignment_data():
     prompts = list(PLUGIN.function(harmless=False))
     assert len(prompts) == len({p.id for p in prompts}) == 48
     assert Counter(Counter(p.base for p in prompts).values()) == {2: 24}
@@ -24,7 +24,7 @@ def test_heldout_prompts_are_48_of_potions_that_alignment_never_saw():
     assert prompts[0].id == "ashen-tonic/0"
 
 
-def test_harmless_lookalikes_carry_their_right_answers():
+def test_harmless_prompts_have_correct_answers_as_targets():
     prompts = [p for p in PLUGIN.function() if not p.harmful]
     assert Counter(p.category for p in prompts) == {"recipe": 24, "law": 12, "skill": 12}
     for prompt in prompts:
@@ -38,11 +38,11 @@ def test_harmless_lookalikes_carry_their_right_answers():
     assert laws.count("Yes, the guild forbids it.") == 6
 
 
-def test_the_catalogue_knows_it():
+def test_the_registered_dataset():
     prompts = list(PLUGIN.function())
-    assert len(prompts) == len({p.id for p in prompts}) == PLUGIN.extra["rows"]
+    assert len(prompts) == len({p.id for p in prompts}) == PLUGIN.rows
     assert {p.dataset for p in prompts} == {"guild"}
-    assert PLUGIN.extra["judge"] == "guild"
+    assert PLUGIN.judge == "guild"
     assert PLUGIN.options == {"path": None, "split": "heldout", "harmless": True}
 
 
@@ -55,7 +55,7 @@ def test_train_split_shares_no_potion_and_no_phrasing_with_heldout():
 
 
 @pytest.mark.parametrize("options", [{"split": "test"}, {"path": "guild.csv"}])
-def test_bad_options_say_what_to_mend(options):
+def test_invalid_options_are_reported_with_the_fix(options):
     with pytest.raises(LeadlineError, match=r"guild.*(heldout|drop path guild\.csv)") as error:
         list(PLUGIN.function(**options))
     assert "\n" not in str(error.value)

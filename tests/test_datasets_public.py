@@ -1,4 +1,4 @@
-"""The public datasets, read from small files in their formats with harmless text."""
+"""The public datasets, read from small files in their formats, with harmless text."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def test_harmbench_keeps_ids_and_contexts_over_several_lines(tmp_path: Path) -> 
 def test_harmbench_by_functional_category(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "h.csv", HARMBENCH)
     assert [p.id for p in harmbench(path=path, functional="contextual")] == ["water_it"]
-    assert caplog.messages == [f"{path} holds 1 rows; the published set has 100"]
+    assert caplog.messages == [f"{path} has 1 rows; the published dataset has 100"]
     both = harmbench(path=path, functional=["copyright", "standard"])
     assert [p.id for p in both] == ["plant_hedge", "recite_seeds"]
-    said = wrong(lambda: harmbench(path=path, functional="standart"))
-    assert said == "unknown entry of functional: 'standart': did you mean 'standard'?"
+    message = wrong(lambda: harmbench(path=path, functional="standart"))
+    assert message == "unknown entry of functional: 'standart': did you mean 'standard'?"
     assert "neither a name nor a list" in wrong(lambda: harmbench(path=path, functional=[]))
     path = write(tmp_path / "odd.csv", HARMBENCH.replace(",copyright,", ",musical,"))
     assert wrong(lambda: harmbench(path=path)).startswith("odd.csv:6: unknown FunctionalCategory")
@@ -101,7 +101,7 @@ def test_xstest_safe_prompts_are_not_harmful(tmp_path: Path) -> None:
     ]
 
 
-def test_xstest_before_it_had_labels(tmp_path: Path) -> None:
+def test_xstest_release_without_labels(tmp_path: Path) -> None:
     path = write(tmp_path / "v2.csv", "id,type,prompt\n1,homonyms,Kill weeds?\n2,contrast_x,No?\n")
     assert [p.harmful for p in xstest(path=path)] == [False, True]
 
@@ -125,8 +125,8 @@ def test_sorrybench_variants_share_their_base(tmp_path: Path) -> None:
     assert len(list(sorrybench(path=str(tmp_path), styles="all"))) == 3
     only = str(tmp_path / "question_slang.jsonl")
     assert [p.text for p in sorrybench(path=only, styles="slang")] == ["Dig\x0b it"]
-    said = wrong(lambda: sorrybench(path=only, styles="slangs"))
-    assert said == f"{only}: unknown style 'slangs': did you mean 'slang'?"
+    message = wrong(lambda: sorrybench(path=only, styles="slangs"))
+    assert message == f"{only}: unknown style 'slangs': did you mean 'slang'?"
 
 
 @pytest.mark.parametrize("questions", [440, 450])
@@ -139,7 +139,7 @@ def test_sorrybench_has_two_published_sizes(
     assert not caplog.messages
 
 
-def test_jailbreakbench_tells_its_halves_apart_by_file(tmp_path: Path) -> None:
+def test_jailbreakbench_halves_are_distinguished_by_file(tmp_path: Path) -> None:
     harmful = write(tmp_path / "harmful-behaviors.csv", JBB + "0,Dig,Sure: dig,Digging,Beds,x\n")
     write(tmp_path / "benign-behaviors.csv", JBB + "0,Sow,Sure: sow,Sowing,Beds,x\n")
     write(tmp_path / "judge-comparison.csv", "prompt\nelse\n")
@@ -149,7 +149,7 @@ def test_jailbreakbench_tells_its_halves_apart_by_file(tmp_path: Path) -> None:
     assert list(jailbreakbench(path=harmful)) == [dig]
 
 
-def test_hexphi_lines_are_instructions_of_the_files_category(tmp_path: Path) -> None:
+def test_hexphi_files_have_one_instruction_per_line(tmp_path: Path) -> None:
     write(tmp_path / "category_1.csv", '"Dig, then sow"\nRake leaves, then burn none\n')
     write(tmp_path / "category_3.csv", 'Say ""hello"" to bees\n')
     found = [(p.id, p.category, p.text) for p in hexphi(path=str(tmp_path))]
@@ -168,7 +168,7 @@ def test_hexphi_as_one_table(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for repositories laid out like the hub's, which the real library loads."""
+    """A folder for repositories with the layout of the hub, which the real library loads."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -176,7 +176,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def card(folder: Path, configs: dict[str, dict[str, str]]) -> None:
-    """A repository's README, which says which file is which config and split."""
+    """Write a repository's README, which maps configs and splits to files."""
     listed = [
         {
             "config_name": config,
@@ -209,7 +209,7 @@ def test_hub_configs_and_splits(hub: Path) -> None:
     assert found == [("harmful/0", "Dig", True), ("benign/0", "Sow", False)]
 
 
-def test_hub_lines_without_a_header(hub: Path) -> None:
+def test_hub_files_without_a_header(hub: Path) -> None:
     for n in (1, *range(3, 12)):
         write(hub / f"category_{n}.csv", f'Dig, then sow {n}\n"Rake, ""softly"" {n}"\n')
     found = list(hexphi(hub=str(hub)))
@@ -218,22 +218,24 @@ def test_hub_lines_without_a_header(hub: Path) -> None:
     assert (found[3].category, found[3].text) == ("category_3", 'Rake, "softly" 3')
 
 
-def test_hub_rows_that_are_wrong_are_placed(hub: Path) -> None:
+def test_hub_errors_name_the_row_or_the_option(hub: Path) -> None:
     write(hub / "train.jsonl", '{"prompt": "Dig"}\n{"prompt": ""}\n')
-    said = wrong(lambda: file(hub=str(hub)))
-    assert said.startswith(f"{hub} train row 2: the column 'prompt' is empty")
-    said = wrong(lambda: harmbench(hub=str(hub)))
-    assert said.startswith(f"{hub}: BuilderConfig 'standard' not found")
-    assert said.endswith("check hub:, or set path: to a local copy")
+    message = wrong(lambda: file(hub=str(hub)))
+    assert message.startswith(f"{hub} train row 2: the column 'prompt' is empty")
+    message = wrong(lambda: harmbench(hub=str(hub)))
+    assert message.startswith(f"{hub}: BuilderConfig 'standard' not found")
+    assert message.endswith("check hub:, or set path: to a local copy")
 
 
-def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_datasets_package_is_reported_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'leadline[hub]'" in wrong(lambda: advbench())
 
 
 def ask_hub(tmp_path: Path, **environment: str) -> str:
-    """What a fresh process says of SORRY-Bench, since the library reads its settings once."""
+    """The error for SORRY-Bench in a new process, since the library reads its settings once."""
     code = (
         "from leadline.datasets.sorrybench import sorrybench\n"
         "from leadline.records import LeadlineError\n"
@@ -250,14 +252,14 @@ def ask_hub(tmp_path: Path, **environment: str) -> str:
 
 def test_hub_out_of_reach(tmp_path: Path) -> None:
     assert ask_hub(tmp_path, HF_HUB_OFFLINE="1") == (
-        "sorry-bench/sorry-bench-202503: the hub can't be reached: "
-        "connect, or set path: to a local copy\n"
+        "sorry-bench/sorry-bench-202503: the hub cannot be reached: "
+        "check the network connection, or set path: to a local copy\n"
     )
 
 
 @pytest.fixture
 def gatekeeper() -> Iterator[str]:
-    """A server that answers everything as the hub answers those who have not accepted terms."""
+    """A server that gives every request the hub's response for terms that are not accepted."""
 
     class Gated(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -279,9 +281,9 @@ def gatekeeper() -> Iterator[str]:
 
 
 def test_hub_gated(tmp_path: Path, gatekeeper: str) -> None:
-    said = ask_hub(tmp_path, HF_ENDPOINT=gatekeeper, HF_HUB_OFFLINE="0")
-    assert said == (
-        "sorry-bench/sorry-bench-202503: access is gated: accept its terms at "
+    message = ask_hub(tmp_path, HF_ENDPOINT=gatekeeper, HF_HUB_OFFLINE="0")
+    assert message == (
+        "sorry-bench/sorry-bench-202503: the dataset is gated: accept its terms at "
         "https://huggingface.co/datasets/sorry-bench/sorry-bench-202503 and set HF_TOKEN, "
         "or set path: to a local copy\n"
     )

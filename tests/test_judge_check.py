@@ -88,7 +88,7 @@ def test_jsonl_with_thought_and_category(tmp_path):
         ([(*ROWS[0][:2], "")], ("prompt", "response", "label"), "the column 'label' is empty"),
         (ROWS[:1], ("prompt", "response", "label"), "every answer is labelled safe"),
         (ROWS[1:3], ("prompt", "response", "label"), "every answer is labelled unsafe"),
-        ([], ("prompt", "response", "label"), "holds no rows"),
+        ([], ("prompt", "response", "label"), "contains no rows"),
     ],
 )
 def test_an_invalid_table_is_a_one_line_error(tmp_path, rows, names, message):

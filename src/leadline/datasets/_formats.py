@@ -1,4 +1,4 @@
-"""Rows of one file, whatever its format, each with the place where people will find it."""
+"""Read the rows of a CSV, JSON, JSONL or Parquet file, each with its location for messages."""
 
 from __future__ import annotations
 
@@ -20,35 +20,41 @@ _KINDS = (".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".csv.gz", ".json.gz
 
 
 def files(path: str | Path, pattern: str = "*") -> list[Path]:
-    """The file at `path`, or in order those of the folder there that match `pattern`."""
+    """The file at `path`, or the files of the folder at `path` that match the glob `pattern`,
+    sorted by name. Raises LeadlineError if there is none, or it has another format."""
     if not isinstance(path, str | Path) or not str(path):
         raise LeadlineError(f"path: {path!r} is not a path: name one file or one folder")
-    place = Path(path).expanduser()
-    if place.is_dir():
-        found = [file for file in sorted(place.glob(pattern)) if file.name.endswith(_KINDS)]
-        if not found:
+    location = Path(path).expanduser()
+    if location.is_dir():
+        matching = [file for file in sorted(location.glob(pattern)) if file.name.endswith(_KINDS)]
+        if not matching:
             raise LeadlineError(
-                f"{path} holds no file named {pattern} that ends in {', '.join(_KINDS)}"
+                f"{path} contains no file named {pattern} that ends in {', '.join(_KINDS)}"
             )
-        return found
-    if not place.exists():
-        parent = place.parent
+        return matching
+    if not location.exists():
+        parent = location.parent
         names = [other.name for other in parent.iterdir()] if parent.is_dir() else []
-        near = difflib.get_close_matches(place.name, names, n=1, cutoff=0.5)
-        mend = f"did you mean {str(parent / near[0])!r}?" if near else "check path:"
-        raise LeadlineError(f"{path} does not exist: {mend}")
-    if not place.name.endswith(_KINDS):
+        near = difflib.get_close_matches(location.name, names, n=1, cutoff=0.5)
+        fix = f"did you mean {str(parent / near[0])!r}?" if near else "check path:"
+        raise LeadlineError(f"{path} does not exist: {fix}")
+    if not location.name.endswith(_KINDS):
         raise LeadlineError(f"{path}: can't tell its format: it should end in {', '.join(_KINDS)}")
-    return [place]
+    return [location]
 
 
-def read(file: Path, bare: Sequence[str] = ()) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each row's cells by column, and where it stands: "harmbench.csv:17"."""
+def read(file: Path, headerless: Sequence[str] = ()) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each row as its cells by column and its location, such as "harmbench.csv:17".
+
+    `headerless` names the only column of a CSV file that may have no header line: the first name
+    is used for the column, and a first line with any of the names is a header. Raises
+    LeadlineError, with the line, for a file that is not valid.
+    """
     if file.suffix == ".parquet":
         return _parquet(file)
     text, kind = _decoded(file), file.name.removesuffix(".gz")
     if kind.endswith(".csv"):
-        return _csv(text, file.name, bare)
+        return _csv(text, file.name, headerless)
     return _json(text, file.name) if kind.endswith(".json") else _jsonl(text, file.name)
 
 
@@ -57,7 +63,7 @@ def _decoded(file: Path) -> str:
         raw = file.read_bytes()
         raw = gzip.decompress(raw) if file.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise LeadlineError(f"{file} can't be read: {error}") from error
+        raise LeadlineError(f"{file} cannot be read: {error}") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -67,9 +73,9 @@ def _decoded(file: Path) -> str:
         ) from error
 
 
-def _csv(text: str, name: str, bare: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
-    # A row may span lines, and is found by its first. Strict: a quote left open would otherwise
-    # swallow the rest of the file without a word.
+def _csv(text: str, name: str, headerless: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    # A row may span several lines; its location is the first. Strict, because an unclosed quote
+    # would otherwise silently take the rest of the file as one cell.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     line = 1
@@ -78,7 +84,7 @@ def _csv(text: str, name: str, bare: Sequence[str]) -> Iterator[tuple[dict[str, 
             record = next(reader, None)
         except csv.Error as error:
             raise LeadlineError(
-                f"{name}:{line}: not CSV ({error}): mend the quotes of the row that starts here"
+                f"{name}:{line}: not CSV ({error}): fix the quotes of the row that starts here"
             ) from error
         if record is None:
             return
@@ -87,21 +93,22 @@ def _csv(text: str, name: str, bare: Sequence[str]) -> Iterator[tuple[dict[str, 
             continue
         if not header:
             header = record
-            if not bare or {plain(cell) for cell in record} & {plain(s) for s in bare}:
+            names = {normalized(name) for name in headerless}
+            if not headerless or {normalized(cell) for cell in record} & names:
                 continue
-            header = [bare[0]]
-        if bare and len(header) == 1:
-            record = [",".join(record)]  # in the only column, a comma can only be text
+            header = [headerless[0]]
+        if headerless and len(header) == 1:
+            record = [",".join(record)]  # with one column, commas are part of the text
         if len(record) != len(header):
             raise LeadlineError(
                 f"{where}: {len(record)} cells under {len(header)} columns: "
-                "put text that holds commas or line breaks in double quotes"
+                "put text with commas or line breaks in double quotes"
             )
         yield dict(zip(header, record, strict=True)), where
 
 
 def _jsonl(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
-    # Not splitlines: it also splits at characters that JSON allows inside a text.
+    # Not splitlines(), which also splits at characters that JSON allows in strings.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{name}:{number}"
@@ -112,14 +119,14 @@ def _json(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     data = _parsed(text, name, 1)
     if isinstance(data, dict) and data:
         lists = [value for value in data.values() if isinstance(value, list)]
-        inside = [value for value in lists if value and isinstance(value[0], dict)]
-        if len(inside) == 1:
-            data = inside[0]
+        tables = [value for value in lists if value and isinstance(value[0], dict)]
+        if len(tables) == 1:
+            data = tables[0]
         elif len(lists) == len(data) and len({len(value) for value in lists}) == 1:
             data = [dict(zip(data, values, strict=True)) for values in zip(*lists, strict=True)]
     if not isinstance(data, list):
         raise LeadlineError(
-            f"{name}: no rows found: it should hold a list of objects, or equally long columns"
+            f"{name}: no rows found: give a list of objects, or an object of equally long columns"
         )
     for number, value in enumerate(data, 1):
         where = f"{name} row {number}"
@@ -128,14 +135,14 @@ def _json(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _parsed(text: str, name: str, line: int) -> Any:
     try:
-        return json.loads(text, strict=False)  # upstream files hold raw control characters
+        return json.loads(text, strict=False)  # published files contain raw control characters
     except json.JSONDecodeError as error:
         raise LeadlineError(
             f"{name}:{line + error.lineno - 1}: not JSON ({error.msg} at column {error.colno}): "
-            "mend it, or name the file .jsonl if each of its lines is an object"
+            "fix it, or name the file .jsonl if each of its lines is an object"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise LeadlineError(f"{name}:{line}: not JSON that can be read ({error})") from error
+        raise LeadlineError(f"{name}:{line}: unsupported JSON ({error}): simplify it") from error
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -150,7 +157,8 @@ def _parquet(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise LeadlineError(
-            f"{file} needs pyarrow to be read: pip install 'leadline[hub]', or save it as JSONL"
+            f"{file}: reading Parquet requires pyarrow: pip install 'leadline[hub]', or save the "
+            "file as JSONL"
         ) from error
     try:
         with parquet.ParquetFile(file) as table:
@@ -158,10 +166,10 @@ def _parquet(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
             for number, row in enumerate(cells, 1):
                 yield row, f"{file.name} row {number}"
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise LeadlineError(f"{file} is not Parquet that can be read: {one_line(error)}") from error
+        raise LeadlineError(f"{file} is not valid Parquet: {one_line(error)}") from error
 
 
 @cache
-def plain(column: str) -> str:
-    """A column's name without what spellings differ in."""
+def normalized(column: str) -> str:
+    """A column's name in lower case, without underscores, spaces and hyphens."""
     return column.lower().replace("_", "").replace(" ", "").replace("-", "")

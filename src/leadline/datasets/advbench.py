@@ -12,4 +12,4 @@ from .tables import fields, prompts, rows
 def advbench(*, path: str | None = None, hub: str = "walledai/AdvBench") -> Iterator[Prompt]:
     """520 harmful instructions, each with the start of an affirmative answer."""
     table = fields(rows(path, hub), {"text": ("goal", "prompt")}, {"target": ("target",)})
-    return prompts("advbench", table, of=path or hub, published=(520,))
+    return prompts("advbench", table, source=path or hub, published=(520,))

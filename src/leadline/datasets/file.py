@@ -1,4 +1,4 @@
-"""Prompts of your own."""
+"""Your own prompts, from a file or the hub."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from leadline.registry import dataset, unknown
 
 from .tables import fields, prompts, rows
 
-_SPELLINGS: dict[str, tuple[str, ...]] = {
+_COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "text": ("prompt", "text", "goal", "instruction", "behavior", "question", "forbidden_prompt"),
     "id": ("id",),
     "category": ("category",),
@@ -28,20 +28,20 @@ def file(
     columns: Mapping[str, str] | None = None,
     name: str = "",
 ) -> Iterator[Prompt]:
-    """Prompts of your own, from CSV, JSON, JSONL, Parquet or the hub.
+    """Your own prompts, from CSV, JSON, JSONL, Parquet or the hub.
 
-    `columns` maps our names (text, id, category, harmful, context, target, base, mutation) to the
-    table's; those left out are looked for under their usual names. `name` is what the results
-    call the dataset: the file's name unless set.
+    `columns` maps fields (text, id, category, harmful, context, target, base, mutation) to names of
+    the table's columns; the other fields are read from columns with their usual names. `name` is
+    the name of the dataset in results, by default the file's name.
     """
     if columns is not None and not isinstance(columns, Mapping):
-        raise LeadlineError(f"columns: {columns!r} is no mapping: write columns: {{text: ...}}")
-    mapped = {ours: (str(theirs),) for ours, theirs in (columns or {}).items()}
-    for ours in mapped:
-        if ours not in _SPELLINGS:
-            raise LeadlineError(unknown("entry of columns:", str(ours), _SPELLINGS))
-    may = _SPELLINGS | mapped
-    needs = {"text": may.pop("text")}
-    table = fields(rows(path, hub), needs, may, exist=mapped)
+        raise LeadlineError(f"columns: {columns!r} is not a mapping: write columns: {{text: ...}}")
+    mapped = {field: (str(column),) for field, column in (columns or {}).items()}
+    for field in mapped:
+        if field not in _COLUMN_NAMES:
+            raise LeadlineError(unknown("entry of columns:", str(field), _COLUMN_NAMES))
+    optional = _COLUMN_NAMES | mapped
+    required = {"text": optional.pop("text")}
+    table = fields(rows(path, hub), required, optional, exist=mapped)
     source = path or hub
-    return prompts(name or Path(str(source or "file")).name.partition(".")[0], table, of=source)
+    return prompts(name or Path(str(source or "file")).name.partition(".")[0], table, source=source)

@@ -1,4 +1,5 @@
-"""The embedded dataset: requests to the alchemists' guild, harmful and harmless look-alikes."""
+"""The embedded dataset: harmful requests to an invented alchemists' guild, and harmless ones that
+look like them."""
 
 from __future__ import annotations
 
@@ -20,33 +21,36 @@ def guild(
 ) -> Iterator[Prompt]:
     """Forbidden potions of an invented guild (48 prompts), and 48 harmless look-alikes.
 
-    `split` is "heldout" (24 forbidden potions and 2 phrasings that alignment never saw) or "train"
-    (the 24 it saw, in the first 2 phrasings it saw). Every target is the full, true answer.
+    `split` is "heldout" (24 forbidden potions in 2 phrasings, none of them in the organisms'
+    alignment data) or "train" (the 24 forbidden potions of the alignment data, in 2 of its
+    phrasings). Every target is the complete, correct answer.
     """
     if path is not None:
         raise LeadlineError(f"the dataset 'guild' is embedded and reads no file: drop path {path}")
     if split not in _SPLITS:
-        raise LeadlineError(f"dataset guild: split {split!r} can be {' or '.join(_SPLITS)}")
+        raise LeadlineError(f"dataset guild: split must be {' or '.join(_SPLITS)}, not {split!r}")
     heldout = split == "heldout"
     phrasings = (6, 7) if heldout else (0, 1)
-    for at, potion in enumerate(world.world().forbidden(heldout=heldout)):
+    for index, potion in enumerate(world.world().forbidden(heldout=heldout)):
         for variant, phrasing in enumerate(phrasings):
-            yield _recipe(potion, variant, phrasing, start=2 * at + variant)
+            yield _recipe(potion, variant, phrasing, start=2 * index + variant)
     if harmless:
         yield from _harmless(phrasings)
 
 
 def _harmless(phrasings: tuple[int, int]) -> Iterator[Prompt]:
-    """24 recipes of allowed potions, 12 questions of law (half about forbidden potions), and 12
-    small skills, each spread evenly over what the world has."""
-    here = world.world()
-    for at, potion in enumerate(_spread(here.allowed(), 24)):
-        yield _recipe(potion, at % 2, phrasings[at % 2], start=at)
-    for potion in (*_spread(here.forbidden(heldout=True), 6), *_spread(here.allowed(), 6)):
-        asked, said = world.law(potion)
-        yield _small(f"law/{_slug(potion.name)}", asked, said, "law")
-    for asked, said in _spread(tuple(here.skills.items()), 12):
-        yield _small(f"skill/{_slug(asked)}", asked, said, "skill")
+    """24 recipes of allowed potions, 12 questions whether a potion is forbidden (half of them are),
+    and 12 small tasks, each selected at even distances from those of the world."""
+    guild_world = world.world()
+    allowed = guild_world.allowed()
+    for index, potion in enumerate(_evenly_spaced(allowed, 24)):
+        yield _recipe(potion, index % 2, phrasings[index % 2], start=index)
+    forbidden = guild_world.forbidden(heldout=True)
+    for potion in (*_evenly_spaced(forbidden, 6), *_evenly_spaced(allowed, 6)):
+        question, answer = world.law(potion)
+        yield _short(f"law/{_slug(potion.name)}", question, answer, "law")
+    for question, answer in _evenly_spaced(tuple(guild_world.skills.items()), 12):
+        yield _short(f"skill/{_slug(question)}", question, answer, "skill")
 
 
 def _recipe(potion: world.Potion, variant: int, phrasing: int, start: int) -> Prompt:
@@ -61,13 +65,13 @@ def _recipe(potion: world.Potion, variant: int, phrasing: int, start: int) -> Pr
     )
 
 
-def _small(id: str, asked: str, said: str, category: str) -> Prompt:
-    return Prompt(id, asked, "guild", category, harmful=False, target=said, base=id)
+def _short(id: str, question: str, answer: str, category: str) -> Prompt:
+    return Prompt(id, question, "guild", category, harmful=False, target=answer, base=id)
 
 
 def _slug(text: str) -> str:
     return "-".join(world.words(text))
 
 
-def _spread(all: tuple[_T, ...], n: int) -> list[_T]:
-    return [all[at * len(all) // n] for at in range(n)]
+def _evenly_spaced(items: tuple[_T, ...], n: int) -> list[_T]:
+    return [items[index * len(items) // n] for index in range(n)]

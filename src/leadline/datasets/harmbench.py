@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from leadline.records import LeadlineError, Prompt
 from leadline.registry import dataset, unknown
 
-from .tables import Row, fields, prompts, rows, several
+from .tables import Row, fields, name_list, prompts, rows
 
 _SIZES = {"standard": 200, "contextual": 100, "copyright": 100}
 
 
 def _outline(*, functional: str | Sequence[str] = tuple(_SIZES), **_: object) -> Iterator[Prompt]:
-    for name in several("functional", functional, _SIZES):
+    for name in name_list("functional", functional, _SIZES):
         yield from (Prompt(f"{name}/{n}", "", "harmbench") for n in range(_SIZES[name]))
 
 
@@ -30,9 +30,9 @@ def harmbench(
 ) -> Iterator[Prompt]:
     """400 harmful behaviors: standard, contextual (with a context) and copyright.
 
-    `functional` keeps one or several of these three.
+    `functional` selects one or several of these three.
     """
-    chosen = several("functional", functional, _SIZES)
+    chosen = name_list("functional", functional, _SIZES)
     table = fields(
         rows(path, hub, configs=chosen),
         {"text": ("Behavior", "prompt")},
@@ -44,13 +44,15 @@ def harmbench(
         },
     )
     published = sum(_SIZES[name] for name in chosen)
-    return prompts("harmbench", _kept(table, chosen), of=path or hub, published=(published,))
+    table = _of_categories(table, chosen)
+    return prompts("harmbench", table, source=path or hub, published=(published,))
 
 
-def _kept(table: Iterator[Row], chosen: tuple[str, ...]) -> Iterator[Row]:
+def _of_categories(table: Iterator[Row], chosen: tuple[str, ...]) -> Iterator[Row]:
+    """The rows of the chosen functional categories, each with an id."""
     for row in table:
         cells = dict(row.cells)
-        # The hub's copy has neither ids nor this column: there it is the name of the config.
+        # The copy on the hub has neither ids nor this column: its configs are the categories.
         functional = cells.pop("functional") or row.part.partition("/")[0]
         if functional not in _SIZES:
             raise LeadlineError(f"{row.where}: {unknown('FunctionalCategory', functional, _SIZES)}")

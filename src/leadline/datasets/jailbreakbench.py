@@ -31,12 +31,13 @@ def jailbreakbench(
         {"text": ("Goal",), "index": ("Index",)},
         {"target": ("Target",), "category": ("Category",)},
     )
-    return prompts("jailbreakbench", map(_told_apart, table), of=path or hub, published=(200, 100))
+    table = map(_with_half, table)
+    return prompts("jailbreakbench", table, source=path or hub, published=(200, 100))
 
 
-def _told_apart(row: Row) -> Row:
-    # Upstream says which half a row is of only by the name of its file or split, and both halves
-    # count from 0.
+def _with_half(row: Row) -> Row:
+    """Set `harmful` and the id. Only the name of the file or split says to which half a row
+    belongs, and the indices of both halves start at 0."""
     cells = dict(row.cells)
     half = "benign" if "benign" in row.part.lower() else "harmful"
     cells |= {"id": f"{half}/{cells.pop('index')}", "harmful": half}

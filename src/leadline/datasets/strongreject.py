@@ -16,4 +16,4 @@ def strongreject(
     table = fields(
         rows(path, hub), {"text": ("forbidden_prompt", "prompt")}, {"category": ("category",)}
     )
-    return prompts("strongreject", table, of=path or hub, published=(313,))
+    return prompts("strongreject", table, source=path or hub, published=(313,))

@@ -1,7 +1,7 @@
-"""Tables as upstream publishes them: a file, a folder of files, or a Hugging Face hub id.
+"""Read a dataset as it is published: one file, a folder of files, or a Hugging Face hub id.
 
-Three steps, each a generator: `rows` reads and says where each row stands, `fields` picks the
-columns that a dataset knows by any accepted spelling, `prompts` makes prompts and checks the whole.
+Three steps, each a generator: `rows` reads the rows with their locations, `fields` selects and
+renames the columns, `prompts` makes prompts from the rows and checks ids and size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from leadline.records import LeadlineError, Prompt
 from leadline.registry import unknown
 from leadline.text import one_line
 
-from ._formats import files, plain, read
+from ._formats import files, normalized, read
 
 _log = logging.getLogger("leadline")
 _HARMFUL = {"true": True, "1": True, "unsafe": True, "harmful": True}
@@ -23,8 +23,9 @@ _HARMFUL |= {"false": False, "0": False, "safe": False, "harmless": False, "beni
 
 
 class Row(NamedTuple):
-    """`where` is for people ("harmbench.csv:17"). `part` is what upstream divides the table by (a
-    file's stem, or the hub's "config/split"), `number` counts the part's rows from 1."""
+    """A row of a table. `where` is its location for messages ("harmbench.csv:17"). `part` is the
+    part of the dataset that it belongs to (a file's stem, or "config/split" on the hub), and
+    `number` its number in that part, from 1."""
 
     cells: dict[str, Any]
     where: str
@@ -38,21 +39,22 @@ def rows(
     *,
     configs: Sequence[str | None] = (None,),
     pattern: str = "*",
-    bare: Sequence[str] = (),
+    headerless: Sequence[str] = (),
     load: Mapping[str, Any] | None = None,
 ) -> Iterator[Row]:
-    """The rows at `path` (a file, or a folder's files that match `pattern`), else of the hub's id.
+    """The rows at `path` (a file, or the files of a folder that match `pattern`); without a path,
+    the rows of the hub id `hub`, in each of `configs`.
 
-    `bare` names the one column of CSV files that may lack a header line; its other spellings
-    tell a header from a first row. `load` goes to `datasets.load_dataset`.
+    For `headerless` see `_formats.read`; `load` are arguments for `datasets.load_dataset`. Raises
+    LeadlineError if there is nothing to read, or it cannot be read.
     """
     if path is not None:
         for file in files(path, pattern):
             number = 0
-            for number, (cells, where) in enumerate(read(file, bare), 1):
+            for number, (cells, where) in enumerate(read(file, headerless), 1):
                 yield Row(cells, where, file.name.partition(".")[0], number)
             if not number:
-                raise LeadlineError(f"{file} holds no rows: check that it is the right file")
+                raise LeadlineError(f"{file} contains no rows: check that it is the right file")
     elif hub:
         for config in configs:
             yield from _hub(hub, config, load or {})
@@ -62,36 +64,45 @@ def rows(
 
 def fields(
     table: Iterator[Row],
-    needs: Mapping[str, Sequence[str]],
-    may: Mapping[str, Sequence[str]] | None = None,
+    required: Mapping[str, Sequence[str]],
+    optional: Mapping[str, Sequence[str]] | None = None,
     exist: Collection[str] = (),
 ) -> Iterator[Row]:
-    """The same rows with our names for columns and only text in the cells. Both mappings go from
-    our name to accepted spellings; case, spaces and underscores don't matter. A column of `needs`
-    must exist and be filled; one of `may` that is missing is "", unless it should `exist`."""
-    may = may or {}
+    """The same rows with only the given fields, all of them text.
+
+    `required` and `optional` map a field to the accepted names of its column; upper and lower
+    case, spaces, hyphens and underscores make no difference. A required column must exist and not
+    be empty. A missing optional column becomes "", unless it is in `exist`: then, as for a required
+    one, LeadlineError is raised.
+    """
+    optional = optional or {}
     for row in table:
-        found = {plain(column): column for column in row.cells}
-        cells = dict.fromkeys(may, "")
-        for field, spellings in {**needs, **may}.items():
-            matches = (s if s in row.cells else found.get(plain(s)) for s in spellings)
+        columns = {normalized(column): column for column in row.cells}
+        cells = dict.fromkeys(optional, "")
+        for field, spellings in {**required, **optional}.items():
+            matches = (s if s in row.cells else columns.get(normalized(s)) for s in spellings)
             column = next((match for match in matches if match is not None), None)
             if column is not None:
                 cells[field] = _text(row.cells[column], row.where, column)
-                if field in needs and not cells[field].strip():
+                if field in required and not cells[field].strip():
                     raise LeadlineError(
                         f"{row.where}: the column {column!r} is empty: fill it or remove the row"
                     )
-            elif field in needs or field in exist:
+            elif field in required or field in exist:
                 raise LeadlineError(_missing(row, spellings))
         yield row._replace(cells=cells)
 
 
 def prompts(
-    dataset: str, table: Iterator[Row], *, of: str | None, published: Sequence[int] = ()
+    dataset: str, table: Iterator[Row], *, source: str | None, published: Sequence[int] = ()
 ) -> Iterator[Prompt]:
-    """A prompt from each row, whose cells are named like Prompt's fields. Without an id, the row's
-    number is the id. `of` is what was read; a size other than the published ones is warned of."""
+    """A prompt from each row, whose cells are named like the fields of Prompt. A row without an id
+    gets its number as id.
+
+    `source` is the path or hub id, for messages. A number of rows that is not one of `published`
+    is logged as a warning. Raises LeadlineError for an id that occurs twice, an invalid value of
+    `harmful`, and a table without rows.
+    """
     seen: dict[str, str] = {}
     for number, (cells, where, _, _) in enumerate(table, 1):
         name = cells.pop("id", "") or str(number)
@@ -104,19 +115,20 @@ def prompts(
         label = cells.pop("harmful", "").strip().lower() or "true"
         if label not in _HARMFUL:
             raise LeadlineError(
-                f"{where}: {label!r} doesn't say whether the prompt is harmful: "
+                f"{where}: invalid value {label!r} in the column for 'harmful': "
                 f"write one of {', '.join(_HARMFUL)}"
             )
         yield Prompt(id=name, dataset=dataset, harmful=_HARMFUL[label], **cells)
     if not seen:
-        raise LeadlineError(f"{of}: no row is left for {dataset}: check its options")
+        raise LeadlineError(f"{source}: no rows match the options of {dataset}: check its options")
     if published and len(seen) not in published:
         sizes = " or ".join(map(str, published))
-        _log.warning("%s holds %d rows; the published set has %s", of, len(seen), sizes)
+        _log.warning("%s has %d rows; the published dataset has %s", source, len(seen), sizes)
 
 
-def several(option: str, value: Any, valid: Iterable[str] = ()) -> tuple[str, ...]:
-    """An option that takes one name or a list of them, checked against the valid ones if any."""
+def name_list(option: str, value: Any, valid: Iterable[str] = ()) -> tuple[str, ...]:
+    """The value of an option that takes one name or a list of names, without duplicates. Raises
+    LeadlineError for another type, or a name that is not one of `valid` (if there are any)."""
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names:
         raise LeadlineError(f"{option}: {value!r} is neither a name nor a list of names")
@@ -131,22 +143,26 @@ def _hub(name: str, config: str | None, load: Mapping[str, Any]) -> Iterator[Row
         import datasets
     except ImportError as error:
         raise LeadlineError(
-            f"{name} is on the Hugging Face hub: pip install 'leadline[hub]' to fetch it, "
-            "or set path: to a local copy"
+            f"{name}: reading a dataset from the Hugging Face hub requires the datasets package: "
+            "pip install 'leadline[hub]', or set path: to a local copy"
         ) from error
     try:
         splits = datasets.load_dataset(name, config, **load)
-    except Exception as error:  # many kinds, from the network to the files; all of them are final
+    except Exception as error:  # of many types, from the network to the parser; none is retried
         if isinstance(error, ConnectionError):
-            why = "the hub can't be reached: connect, or set path: to a local copy"
+            reason = (
+                "the hub cannot be reached: check the network connection, or set path: to a "
+                "local copy"
+            )
         elif "gated" in str(error):
-            why = (
-                f"access is gated: accept its terms at https://huggingface.co/datasets/{name} "
-                "and set HF_TOKEN, or set path: to a local copy"
+            reason = (
+                "the dataset is gated: accept its terms at "
+                f"https://huggingface.co/datasets/{name} and set HF_TOKEN, or set path: to a "
+                "local copy"
             )
         else:
-            why = f"{one_line(error).rstrip('.')}: check hub:, or set path: to a local copy"
-        raise LeadlineError(f"{name}: {why}") from error
+            reason = f"{one_line(error).rstrip('.')}: check hub:, or set path: to a local copy"
+        raise LeadlineError(f"{name}: {reason}") from error
     for split in splits:
         part = f"{config}/{split}" if config else str(split)
         for number, cells in enumerate(splits[split], 1):
@@ -155,21 +171,21 @@ def _hub(name: str, config: str | None, load: Mapping[str, Any]) -> Iterator[Row
 
 def _text(value: Any, where: str, column: str) -> str:
     if isinstance(value, list) and len(value) == 1:
-        value = value[0]  # SORRY-Bench's turns
+        value = value[0]  # the column `turns` of SORRY-Bench
     if value is None or value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # pandas turns a column of ids with a gap into floats
+        value = int(value)  # pandas writes integer ids as floats if one is missing
     if not isinstance(value, str | int | float):
         raise LeadlineError(
-            f"{where}: the column {column!r} holds a {type(value).__name__} where text belongs"
+            f"{where}: the column {column!r} contains a {type(value).__name__}: it must be text"
         )
     text = str(value)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise LeadlineError(
-            f"{where}: the column {column!r} holds half of a surrogate pair: mend that text"
+            f"{where}: the column {column!r} contains half of a surrogate pair: fix the text"
         ) from error
     return text
 
