@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from leadline import registry
 from leadline.datasets.advbench import advbench
 from leadline.datasets.file import file
 from leadline.datasets.harmbench import harmbench
@@ -22,6 +23,7 @@ from leadline.datasets.jailbreakbench import jailbreakbench
 from leadline.datasets.sorrybench import sorrybench
 from leadline.datasets.strongreject import strongreject
 from leadline.datasets.xstest import xstest
+from leadline.plan import published_counts
 from leadline.records import LeadlineError, Prompt
 
 HARMBENCH = """\
@@ -64,16 +66,37 @@ def test_strongreject(tmp_path: Path) -> None:
 def test_harmbench_keeps_ids_and_contexts_over_several_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "h.csv", HARMBENCH.replace("\n", "\r\n"))
     assert list(harmbench(path=path)) == [
-        Prompt("plant_hedge", "Plant a hedge", "harmbench", "shrubs"),
+        Prompt("plant_hedge", "Plant a hedge", "harmbench", "standard/shrubs"),
         Prompt(
             "water_it",
             "Water it, given the context",
             "harmbench",
-            "beds",
+            "contextual/beds",
             context='Day 1: "dry"\r\n\r\nDay 2: rain',
         ),
-        Prompt("recite_seeds", "Recite the seed list", "harmbench", "lists"),
     ]
+
+
+def test_harmbench_copyright_behaviors_are_an_option(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "h.csv", HARMBENCH)
+    assert "recite_seeds" not in [p.id for p in harmbench(path=path)]
+    assert caplog.messages == [f"{path} has 2 rows; the published dataset has 300"]
+    every = list(harmbench(path=path, functional=["standard", "contextual", "copyright"]))
+    assert [(p.id, p.category) for p in every] == [
+        ("plant_hedge", "standard/shrubs"),
+        ("water_it", "contextual/beds"),
+        ("recite_seeds", "copyright/lists"),
+    ]
+    assert "published dataset has 400" in caplog.messages[-1]
+
+
+def test_harmbench_has_300_prompts_in_a_dry_run_without_a_copy(tmp_path: Path) -> None:
+    for options, n in (({}, 300), ({"functional": ["standard", "copyright"]}, 300),
+                       ({"functional": ["standard", "contextual", "copyright"]}, 400)):  # fmt: skip
+        found = published_counts(registry.get("dataset", "harmbench"), options)
+        assert len(found) == n
 
 
 def test_harmbench_by_functional_category(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -149,6 +172,26 @@ def test_jailbreakbench_halves_are_distinguished_by_file(tmp_path: Path) -> None
     assert list(jailbreakbench(path=harmful)) == [dig]
 
 
+def test_jailbreakbench_without_an_index(tmp_path: Path) -> None:
+    header = "Goal,Target,Behavior,Category\n"
+    write(tmp_path / "harmful-behaviors.csv", f"{header}Dig,Sure: dig,D,Beds\nRake,Sure,R,Beds\n")
+    write(tmp_path / "benign-behaviors.csv", f"{header}Sow,Sure: sow,Sowing,Beds\n")
+    found = [(p.id, p.text) for p in jailbreakbench(path=str(tmp_path))]
+    assert found == [("benign/1", "Sow"), ("harmful/1", "Dig"), ("harmful/2", "Rake")]
+
+
+@pytest.mark.parametrize("second", ["", ",Sure: dig"])
+@pytest.mark.parametrize("read", [advbench, strongreject, file])
+def test_text_of_a_file_without_a_header_is_never_printed(
+    tmp_path: Path, second: str, read: Callable[..., Any]
+) -> None:
+    path = write(tmp_path / "behaviors.csv", f"Dig a hole{second}\nSow a field{second}\n")
+    message = wrong(lambda: read(path=path))
+    assert message.startswith("behaviors.csv:2: no column '")
+    assert "if the file has no header line, add one with '" in message
+    assert not [word for word in ("Dig", "hole", "Sure", "Sow") if word in message]
+
+
 def test_hexphi_files_have_one_instruction_per_line(tmp_path: Path) -> None:
     write(tmp_path / "category_1.csv", '"Dig, then sow"\nRake leaves, then burn none\n')
     write(tmp_path / "category_3.csv", 'Say ""hello"" to bees\n')
@@ -194,11 +237,11 @@ def test_hub_configs_and_splits(hub: Path) -> None:
     configs = {"standard": "a.csv", "contextual": "b.csv", "copyright": "c.csv"}
     card(hub, {name: {"train": path} for name, path in configs.items()})
     assert list(harmbench(hub=str(hub))) == [
-        Prompt("standard/1", "Dig", "harmbench", "beds"),
-        Prompt("contextual/1", "Sow", "harmbench", "beds", context="rain"),
-        Prompt("copyright/1", "Sing", "harmbench"),
+        Prompt("standard/1", "Dig", "harmbench", "standard/beds"),
+        Prompt("contextual/1", "Sow", "harmbench", "contextual/beds", context="rain"),
     ]
-    assert [p.text for p in harmbench(hub=str(hub), functional="copyright")] == ["Sing"]
+    (sing,) = harmbench(hub=str(hub), functional="copyright")
+    assert sing == Prompt("copyright/1", "Sing", "harmbench", "copyright")
 
     jbb = hub.with_name("jbb")
     write(jbb / "data" / "harmful-behaviors.csv", JBB + "0,Dig,Sure,Digging,Beds,x\n")

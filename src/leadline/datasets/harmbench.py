@@ -8,9 +8,10 @@ from leadline.registry import dataset, unknown
 from .tables import Row, fields, name_list, prompts, rows
 
 _SIZES = {"standard": 200, "contextual": 100, "copyright": 100}
+_DEFAULT = ("standard", "contextual")
 
 
-def _outline(*, functional: str | Sequence[str] = tuple(_SIZES), **_: object) -> Iterator[Prompt]:
+def _outline(*, functional: str | Sequence[str] = _DEFAULT, **_: object) -> Iterator[Prompt]:
     for name in name_list("functional", functional, _SIZES):
         yield from (Prompt(f"{name}/{n}", "", "harmbench") for n in range(_SIZES[name]))
 
@@ -19,18 +20,21 @@ def _outline(*, functional: str | Sequence[str] = tuple(_SIZES), **_: object) ->
     "harmbench",
     source="Mazeika et al. 2024, arXiv:2402.04249",
     licence="MIT",
-    rows=400,
+    rows=300,
     outline=_outline,
 )
 def harmbench(
     *,
     path: str | None = None,
     hub: str = "walledai/HarmBench",
-    functional: str | Sequence[str] = ("standard", "contextual", "copyright"),
+    functional: str | Sequence[str] = _DEFAULT,
 ) -> Iterator[Prompt]:
-    """400 harmful behaviors: standard, contextual (with a context) and copyright.
+    """300 harmful behaviors: 200 standard ones, and 100 contextual ones (with a context).
 
-    `functional` selects one or several of these three.
+    `functional` selects one or several of standard, contextual and copyright. The 100 copyright
+    behaviors are left out by default: upstream scores them by the overlap of hashes with the
+    protected text, not by a classifier, so that an ASR from Leadline's judges is not comparable.
+    The category of a prompt is its functional and its semantic category: "standard/illegal".
     """
     chosen = name_list("functional", functional, _SIZES)
     table = fields(
@@ -57,5 +61,6 @@ def _of_categories(table: Iterator[Row], chosen: tuple[str, ...]) -> Iterator[Ro
         if functional not in _SIZES:
             raise LeadlineError(f"{row.where}: {unknown('FunctionalCategory', functional, _SIZES)}")
         if functional in chosen:
+            cells["category"] = "/".join(filter(None, (functional, cells["category"])))
             cells["id"] = cells["id"] or f"{functional}/{row.number}"
             yield row._replace(cells=cells)

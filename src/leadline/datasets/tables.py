@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -190,14 +191,28 @@ def _text(value: Any, where: str, column: str) -> str:
     return text
 
 
+_NAME = re.compile(r"[\w.-]{1,30}", re.ASCII)
+
+
 def _missing(row: Row, spellings: Sequence[str]) -> str:
+    """The message for a missing column. In a file without a header line the "columns" are the text
+    of its first row, so that only single words are shown."""
     wanted, *others = spellings
-    near = difflib.get_close_matches(wanted.lower(), [c.lower() for c in row.cells], n=1)
-    column = next((c for c in row.cells if [c.lower()] == near), None)
+    names = [column for column in row.cells if _NAME.fullmatch(column)]
+    message = f"{row.where}: no column {wanted!r}"
+    message += f" (nor {', '.join(map(repr, others))})" if others else ""
+    if row.cells and not names:
+        return (
+            f"{message}; the names of its {len(row.cells)} columns are not shown, since they may "
+            f"be text: if the file has no header line, add one with {wanted!r}; otherwise rename "
+            "the column"
+        )
+    near = difflib.get_close_matches(wanted.lower(), [c.lower() for c in names], n=1)
+    column = next((c for c in names if [c.lower()] == near), None)
+    hidden = len(row.cells) - len(names)
     return (
-        f"{row.where}: no column {wanted!r}"
-        + (f" (nor {', '.join(map(repr, others))})" if others else "")
-        + f"; it has {', '.join(repr(c[:30]) for c in list(row.cells)[:20]) or 'none'}: "
-        + (f"did you mean {column[:30]!r}? " if column else "")
+        f"{message}; it has {', '.join(map(repr, names[:20])) or 'none'}"
+        + (f" and {hidden} with longer names: " if hidden else ": ")
+        + (f"did you mean {column!r}? " if column else "")
         + "rename the column, or read the file as the dataset 'file' with columns:"
     )
