@@ -52,8 +52,12 @@ def chunked(hidden_p: Any, p: Any, hidden_q: Any, q: Any) -> Any:
     """KL(p || q) by row from two log-softmaxes over the whole vocabulary, `ROWS` rows at a time."""
     import torch
 
-    rows = zip(hidden_p.split(ROWS), hidden_q.split(ROWS), strict=True)
-    return torch.cat([full(one, p, other, q) for one, other in rows])
+    # Small results allocated between large blocks would keep the allocator from reusing these.
+    kl = torch.empty(len(hidden_p), dtype=hidden_p.dtype)
+    for at in range(0, len(kl), ROWS):
+        rows = slice(at, at + ROWS)
+        kl[rows] = full(hidden_p[rows], p, hidden_q[rows], q)
+    return kl
 
 
 def streamed(hidden_p: Any, p: Any, hidden_q: Any, q: Any) -> Any:
