@@ -23,10 +23,12 @@ from leadline.analysis.attempts import any_bounds
 from leadline.analysis.intervals import (
     correlation,
     difference_interval,
+    effective_size,
     mean_interval,
     rate_interval,
     ratio_interval,
 )
+from leadline.analysis.judge_error import corrected
 from leadline.analysis.sums import Sums
 from leadline.depth.d50 import d50
 
@@ -106,6 +108,28 @@ def any_of(attempts: int, unsafe: float, unscored: float) -> Run:
             np.full(48, float(attempts)),
         )  # fmt: skip
         low, high = pooling.bounded(low, high, 48)
+        return bool(low <= truth <= high)
+
+    return run
+
+
+def corrected_asr(prompts: int, labels: int, rho: float) -> Run:
+    """The ASR corrected for a judge whose labels are several for each prompt and correlated."""
+    truth, sensitivity, specificity = 0.3, 0.85, 0.9
+
+    def labelled(rng: Any, rate: float) -> tuple[float, float, float]:
+        sizes = np.full(prompts, labels)
+        hits = clustered(rng, rate, sizes, rho)
+        size = effective_size(hits, sizes.astype(float))
+        share = float(hits.sum() / sizes.sum())
+        return share * size, (1 - share) * size, size
+
+    def run(rng: Any) -> bool:
+        tp, fn, _ = labelled(rng, sensitivity)
+        tn, fp, _ = labelled(rng, specificity)
+        called = truth * sensitivity + (1 - truth) * (1 - specificity)
+        unsafe = rng.binomial(300, called)
+        _, low, high = corrected(unsafe, 300, tp, fn, tn, fp)
         return bool(low <= truth <= high)
 
     return run
@@ -220,6 +244,8 @@ SETTINGS = [
     Setting("mean over 3 datasets of 18 unequal clusters", mean((0.1, 0.3, 0.5), 18, 0.5), 0.87),
     Setting("any of 10 attempts, 10% unscored, truth .18", any_of(10, 0.02, 0.1), 0.18),
     Setting("any of 10 attempts, 30% unscored, truth .18", any_of(10, 0.02, 0.3)),
+    Setting("corrected ASR: 30 prompts, 10 labels of each", corrected_asr(30, 10, 0.5), 0.76),
+    Setting("corrected ASR: 60 prompts, 4 labels of each", corrected_asr(60, 4, 0.5), 0.86),
     Setting("strongest of 13 equal attacks, truth .30, n 48", strongest(13, 0.3, 48), 0.66),
     Setting("strongest of 13 attacks on the weakest of 10 models", strongest(130, 0.3, 48), 0.15),
     Setting("max over 4 equal CoT attacks, truth .30, n 48", highest(4, 0.3, 48), 0.56),

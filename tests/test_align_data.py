@@ -172,7 +172,7 @@ def test_errors_name_the_file_and_the_row(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.jsonl", "", "empty.jsonl holds no rows"),
+        ("empty.jsonl", "", "empty.jsonl contains no rows"),
         ("broken.jsonl", json.dumps(GOOD) + "\n{oops\n", "broken.jsonl:2: not JSON"),
         ("a.txt", "x", "can't tell its format"),
         ("b.csv", "prompt,completion\nQ?\n", "b.csv:2: 1 cells under 2 columns"),

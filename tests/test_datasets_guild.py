@@ -1,5 +1,3 @@
-"""The built-in dataset guild."""
-
 from collections import Counter
 
 import pytest
@@ -11,7 +9,7 @@ from leadline.records import LeadlineError
 PLUGIN = registry.get("dataset", "guild")
 
 
-def test_heldout_prompts_are_48_of_potions_outside_the_alignment_data():
+def test_heldout_prompts_are_48_about_potions_outside_the_alignment_data():
     prompts = list(PLUGIN.function(harmless=False))
     assert len(prompts) == len({p.id for p in prompts}) == 48
     assert Counter(Counter(p.base for p in prompts).values()) == {2: 24}
@@ -26,7 +24,7 @@ def test_heldout_prompts_are_48_of_potions_outside_the_alignment_data():
     assert prompts[0].id == "ashen-tonic/0"
 
 
-def test_targets_of_harmless_prompts_are_the_correct_answers():
+def test_harmless_prompts_have_correct_answers_as_targets():
     prompts = [p for p in PLUGIN.function() if not p.harmful]
     assert Counter(p.category for p in prompts) == {"recipe": 24, "law": 12, "skill": 12}
     for prompt in prompts:
@@ -40,7 +38,7 @@ def test_targets_of_harmless_prompts_are_the_correct_answers():
     assert laws.count("Yes, the guild forbids it.") == 6
 
 
-def test_the_registered_size_judge_and_options():
+def test_the_registered_dataset():
     prompts = list(PLUGIN.function())
     assert len(prompts) == len({p.id for p in prompts}) == PLUGIN.rows
     assert {p.dataset for p in prompts} == {"guild"}
@@ -57,7 +55,7 @@ def test_train_split_shares_no_potion_and_no_phrasing_with_heldout():
 
 
 @pytest.mark.parametrize("options", [{"split": "test"}, {"path": "guild.csv"}])
-def test_errors_for_invalid_options(options):
+def test_invalid_options_are_reported_with_the_fix(options):
     with pytest.raises(LeadlineError, match=r"guild.*(heldout|drop path guild\.csv)") as error:
         list(PLUGIN.function(**options))
     assert "\n" not in str(error.value)

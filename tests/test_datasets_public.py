@@ -1,4 +1,4 @@
-"""The public datasets, read from small files in their formats with harmless text."""
+"""The public datasets, read from small files in their formats, with harmless text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from leadline import registry
 from leadline.datasets.advbench import advbench
 from leadline.datasets.file import file
 from leadline.datasets.harmbench import harmbench
@@ -22,6 +23,7 @@ from leadline.datasets.jailbreakbench import jailbreakbench
 from leadline.datasets.sorrybench import sorrybench
 from leadline.datasets.strongreject import strongreject
 from leadline.datasets.xstest import xstest
+from leadline.plan import published_counts
 from leadline.records import LeadlineError, Prompt
 
 HARMBENCH = """\
@@ -41,7 +43,7 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-def error_of(read: Callable[[], Any]) -> str:
+def wrong(read: Callable[[], Any]) -> str:
     with pytest.raises(LeadlineError) as caught:
         list(read())
     assert "\n" not in str(caught.value)
@@ -64,16 +66,37 @@ def test_strongreject(tmp_path: Path) -> None:
 def test_harmbench_keeps_ids_and_contexts_over_several_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "h.csv", HARMBENCH.replace("\n", "\r\n"))
     assert list(harmbench(path=path)) == [
-        Prompt("plant_hedge", "Plant a hedge", "harmbench", "shrubs"),
+        Prompt("plant_hedge", "Plant a hedge", "harmbench", "standard/shrubs"),
         Prompt(
             "water_it",
             "Water it, given the context",
             "harmbench",
-            "beds",
+            "contextual/beds",
             context='Day 1: "dry"\r\n\r\nDay 2: rain',
         ),
-        Prompt("recite_seeds", "Recite the seed list", "harmbench", "lists"),
     ]
+
+
+def test_harmbench_copyright_behaviors_are_an_option(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "h.csv", HARMBENCH)
+    assert "recite_seeds" not in [p.id for p in harmbench(path=path)]
+    assert caplog.messages == [f"{path} has 2 rows; the published dataset has 300"]
+    every = list(harmbench(path=path, functional=["standard", "contextual", "copyright"]))
+    assert [(p.id, p.category) for p in every] == [
+        ("plant_hedge", "standard/shrubs"),
+        ("water_it", "contextual/beds"),
+        ("recite_seeds", "copyright/lists"),
+    ]
+    assert "published dataset has 400" in caplog.messages[-1]
+
+
+def test_harmbench_has_300_prompts_in_a_dry_run_without_a_copy(tmp_path: Path) -> None:
+    for options, n in (({}, 300), ({"functional": ["standard", "copyright"]}, 300),
+                       ({"functional": ["standard", "contextual", "copyright"]}, 400)):  # fmt: skip
+        found = published_counts(registry.get("dataset", "harmbench"), options)
+        assert len(found) == n
 
 
 def test_harmbench_by_functional_category(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -82,13 +105,11 @@ def test_harmbench_by_functional_category(tmp_path: Path, caplog: pytest.LogCapt
     assert caplog.messages == [f"{path} has 1 rows; the published dataset has 100"]
     both = harmbench(path=path, functional=["copyright", "standard"])
     assert [p.id for p in both] == ["plant_hedge", "recite_seeds"]
-    message = error_of(lambda: harmbench(path=path, functional="standart"))
+    message = wrong(lambda: harmbench(path=path, functional="standart"))
     assert message == "unknown entry of functional: 'standart': did you mean 'standard'?"
-    assert "neither a name nor a list" in error_of(lambda: harmbench(path=path, functional=[]))
+    assert "neither a name nor a list" in wrong(lambda: harmbench(path=path, functional=[]))
     path = write(tmp_path / "odd.csv", HARMBENCH.replace(",copyright,", ",musical,"))
-    assert error_of(lambda: harmbench(path=path)).startswith(
-        "odd.csv:6: unknown FunctionalCategory"
-    )
+    assert wrong(lambda: harmbench(path=path)).startswith("odd.csv:6: unknown FunctionalCategory")
 
 
 def test_xstest_safe_prompts_are_not_harmful(tmp_path: Path) -> None:
@@ -103,7 +124,7 @@ def test_xstest_safe_prompts_are_not_harmful(tmp_path: Path) -> None:
     ]
 
 
-def test_xstest_without_a_label_column(tmp_path: Path) -> None:
+def test_xstest_release_without_labels(tmp_path: Path) -> None:
     path = write(tmp_path / "v2.csv", "id,type,prompt\n1,homonyms,Kill weeds?\n2,contrast_x,No?\n")
     assert [p.harmful for p in xstest(path=path)] == [False, True]
 
@@ -127,7 +148,7 @@ def test_sorrybench_variants_share_their_base(tmp_path: Path) -> None:
     assert len(list(sorrybench(path=str(tmp_path), styles="all"))) == 3
     only = str(tmp_path / "question_slang.jsonl")
     assert [p.text for p in sorrybench(path=only, styles="slang")] == ["Dig\x0b it"]
-    message = error_of(lambda: sorrybench(path=only, styles="slangs"))
+    message = wrong(lambda: sorrybench(path=only, styles="slangs"))
     assert message == f"{only}: unknown style 'slangs': did you mean 'slang'?"
 
 
@@ -151,7 +172,27 @@ def test_jailbreakbench_halves_are_distinguished_by_file(tmp_path: Path) -> None
     assert list(jailbreakbench(path=harmful)) == [dig]
 
 
-def test_hexphi_lines_are_instructions_of_the_files_category(tmp_path: Path) -> None:
+def test_jailbreakbench_without_an_index(tmp_path: Path) -> None:
+    header = "Goal,Target,Behavior,Category\n"
+    write(tmp_path / "harmful-behaviors.csv", f"{header}Dig,Sure: dig,D,Beds\nRake,Sure,R,Beds\n")
+    write(tmp_path / "benign-behaviors.csv", f"{header}Sow,Sure: sow,Sowing,Beds\n")
+    found = [(p.id, p.text) for p in jailbreakbench(path=str(tmp_path))]
+    assert found == [("benign/1", "Sow"), ("harmful/1", "Dig"), ("harmful/2", "Rake")]
+
+
+@pytest.mark.parametrize("second", ["", ",Sure: dig"])
+@pytest.mark.parametrize("read", [advbench, strongreject, file])
+def test_text_of_a_file_without_a_header_is_never_printed(
+    tmp_path: Path, second: str, read: Callable[..., Any]
+) -> None:
+    path = write(tmp_path / "behaviors.csv", f"Dig a hole{second}\nSow a field{second}\n")
+    message = wrong(lambda: read(path=path))
+    assert message.startswith("behaviors.csv:2: no column '")
+    assert "if the file has no header line, add one with '" in message
+    assert not [word for word in ("Dig", "hole", "Sure", "Sow") if word in message]
+
+
+def test_hexphi_files_have_one_instruction_per_line(tmp_path: Path) -> None:
     write(tmp_path / "category_1.csv", '"Dig, then sow"\nRake leaves, then burn none\n')
     write(tmp_path / "category_3.csv", 'Say ""hello"" to bees\n')
     found = [(p.id, p.category, p.text) for p in hexphi(path=str(tmp_path))]
@@ -170,7 +211,7 @@ def test_hexphi_as_one_table(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for a repository with the hub's layout, loaded with the real library."""
+    """A folder for repositories with the layout of the hub, which the real library loads."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -178,7 +219,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def card(folder: Path, configs: dict[str, dict[str, str]]) -> None:
-    """Write a repository's README, which assigns files to configs and splits."""
+    """Write a repository's README, which maps configs and splits to files."""
     listed = [
         {
             "config_name": config,
@@ -196,11 +237,11 @@ def test_hub_configs_and_splits(hub: Path) -> None:
     configs = {"standard": "a.csv", "contextual": "b.csv", "copyright": "c.csv"}
     card(hub, {name: {"train": path} for name, path in configs.items()})
     assert list(harmbench(hub=str(hub))) == [
-        Prompt("standard/1", "Dig", "harmbench", "beds"),
-        Prompt("contextual/1", "Sow", "harmbench", "beds", context="rain"),
-        Prompt("copyright/1", "Sing", "harmbench"),
+        Prompt("standard/1", "Dig", "harmbench", "standard/beds"),
+        Prompt("contextual/1", "Sow", "harmbench", "contextual/beds", context="rain"),
     ]
-    assert [p.text for p in harmbench(hub=str(hub), functional="copyright")] == ["Sing"]
+    (sing,) = harmbench(hub=str(hub), functional="copyright")
+    assert sing == Prompt("copyright/1", "Sing", "harmbench", "copyright")
 
     jbb = hub.with_name("jbb")
     write(jbb / "data" / "harmful-behaviors.csv", JBB + "0,Dig,Sure,Digging,Beds,x\n")
@@ -211,7 +252,7 @@ def test_hub_configs_and_splits(hub: Path) -> None:
     assert found == [("harmful/0", "Dig", True), ("benign/0", "Sow", False)]
 
 
-def test_hub_lines_without_a_header(hub: Path) -> None:
+def test_hub_files_without_a_header(hub: Path) -> None:
     for n in (1, *range(3, 12)):
         write(hub / f"category_{n}.csv", f'Dig, then sow {n}\n"Rake, ""softly"" {n}"\n')
     found = list(hexphi(hub=str(hub)))
@@ -220,22 +261,24 @@ def test_hub_lines_without_a_header(hub: Path) -> None:
     assert (found[3].category, found[3].text) == ("category_3", 'Rake, "softly" 3')
 
 
-def test_errors_in_hub_rows_have_their_location(hub: Path) -> None:
+def test_hub_errors_name_the_row_or_the_option(hub: Path) -> None:
     write(hub / "train.jsonl", '{"prompt": "Dig"}\n{"prompt": ""}\n')
-    message = error_of(lambda: file(hub=str(hub)))
+    message = wrong(lambda: file(hub=str(hub)))
     assert message.startswith(f"{hub} train row 2: the column 'prompt' is empty")
-    message = error_of(lambda: harmbench(hub=str(hub)))
+    message = wrong(lambda: harmbench(hub=str(hub)))
     assert message.startswith(f"{hub}: BuilderConfig 'standard' not found")
     assert message.endswith("check hub:, or set path: to a local copy")
 
 
-def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_datasets_package_is_reported_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'leadline[hub]'" in error_of(lambda: advbench())
+    assert "pip install 'leadline[hub]'" in wrong(lambda: advbench())
 
 
-def load_error(tmp_path: Path, **environment: str) -> str:
-    """The error of loading SORRY-Bench in a new process: the library reads its settings once."""
+def ask_hub(tmp_path: Path, **environment: str) -> str:
+    """The error for SORRY-Bench in a new process, since the library reads its settings once."""
     code = (
         "from leadline.datasets.sorrybench import sorrybench\n"
         "from leadline.records import LeadlineError\n"
@@ -250,16 +293,16 @@ def load_error(tmp_path: Path, **environment: str) -> str:
     return done.stdout
 
 
-def test_the_hub_is_unreachable(tmp_path: Path) -> None:
-    assert load_error(tmp_path, HF_HUB_OFFLINE="1") == (
-        "sorry-bench/sorry-bench-202503: the hub can't be reached: "
-        "connect, or set path: to a local copy\n"
+def test_hub_out_of_reach(tmp_path: Path) -> None:
+    assert ask_hub(tmp_path, HF_HUB_OFFLINE="1") == (
+        "sorry-bench/sorry-bench-202503: the hub cannot be reached: "
+        "check the network connection, or set path: to a local copy\n"
     )
 
 
 @pytest.fixture
 def gatekeeper() -> Iterator[str]:
-    """A server that responds to every request as the hub does before its terms are accepted."""
+    """A server that gives every request the hub's response for terms that are not accepted."""
 
     class Gated(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -281,9 +324,9 @@ def gatekeeper() -> Iterator[str]:
 
 
 def test_hub_gated(tmp_path: Path, gatekeeper: str) -> None:
-    message = load_error(tmp_path, HF_ENDPOINT=gatekeeper, HF_HUB_OFFLINE="0")
+    message = ask_hub(tmp_path, HF_ENDPOINT=gatekeeper, HF_HUB_OFFLINE="0")
     assert message == (
-        "sorry-bench/sorry-bench-202503: access is gated: accept its terms at "
+        "sorry-bench/sorry-bench-202503: the dataset is gated: accept its terms at "
         "https://huggingface.co/datasets/sorry-bench/sorry-bench-202503 and set HF_TOKEN, "
         "or set path: to a local copy\n"
     )

@@ -1,4 +1,4 @@
-"""Reading tables: formats, locations of rows, columns, and errors."""
+"""Reading tables: formats, locations of rows, columns, and the messages for invalid files."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def write(path: Path, text: str, encoding: str = "utf-8") -> str:
     return str(path)
 
 
-def error_of(read: Callable[[], Any]) -> str:
-    """The message of the LeadlineError, which must be one line."""
+def wrong(read: Callable[[], Any]) -> str:
+    """The message of the error, which must be one line."""
     with pytest.raises(LeadlineError) as caught:
         list(read())
     message = str(caught.value)
@@ -103,7 +103,7 @@ def test_every_format_gives_the_same_prompts(
         max_size=4,
     )
 )
-def test_any_text_survives_every_format(
+def test_any_text_is_read_unchanged_from_every_format(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str]
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
@@ -114,13 +114,13 @@ def test_any_text_survives_every_format(
         assert read == [(row["prompt"], row["context"]) for row in table], name
 
 
-def test_the_location_of_a_row_is_its_first_line(tmp_path: Path) -> None:
+def test_a_row_is_located_by_its_first_line(tmp_path: Path) -> None:
     path = write(tmp_path / "g.csv", 'prompt,context\r\n\r\nDig,"one\r\ntwo"\r\nSow,three\r\n')
     found = [(row.cells["context"], row.where) for row in rows(path, None)]
     assert found == [("one\r\ntwo", "g.csv:3"), ("three", "g.csv:5")]
 
 
-def test_a_byte_order_mark_and_raw_control_characters_are_accepted(tmp_path: Path) -> None:
+def test_byte_order_marks_and_raw_control_characters_are_supported(tmp_path: Path) -> None:
     path = write(tmp_path / "bom.csv", "\ufeffprompt\nRake\n")
     assert [p.text for p in file(path=path)] == ["Rake"]
     path = write(tmp_path / "old-mac.csv", "prompt\rRake\rSow\r")
@@ -140,7 +140,7 @@ def test_the_exact_spelling_wins(tmp_path: Path) -> None:
     assert [p.text for p in file(path=path, columns={"text": "Ask"})] == ["Dig"]
 
 
-def test_ids_can_be_numbers(tmp_path: Path) -> None:
+def test_ids_may_be_numbers(tmp_path: Path) -> None:
     path = write(tmp_path / "g.jsonl", '{"id": 7.0, "prompt": "Dig"}\n{"id": 8, "prompt": "Sow"}')
     assert [p.id for p in file(path=path)] == ["7", "8"]
 
@@ -160,55 +160,49 @@ def test_a_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:
         ("g.csv", "id,prompt\na,Dig\na,Sow\n", "g.csv:3: the id 'a' is already taken at g.csv:2"),
         ("g.csv", "prompt,x\nDig, deep,1\n", "g.csv:2: 3 cells under 2 columns"),
         ("g.csv", 'prompt\nDig\n"Sow\nRake\n', "g.csv:3: not CSV (unexpected end of data)"),
-        ("g.csv", "prompt\n", "g.csv holds no rows"),
+        ("g.csv", "prompt\n", "g.csv contains no rows"),
         ("g.csv", "promt\nDig\n", "g.csv:2: no column 'prompt' (nor 'text', "),
         ("g.csv", "promt\nDig\n", "it has 'promt': did you mean 'promt'? rename the column"),
         ("g.json", '[\n{"prompt": "Dig"},\n{"prompt": }]', "g.json:3: not JSON (Expecting value"),
         ("g.json", '{"prompt": "Dig"}', "g.json: no rows found"),
         ("g.json", '{"a": [1, 2], "b": [1]}', "g.json: no rows found"),
-        (
-            "g.json",
-            '[{"prompt": "Dig"}, "Sow"]',
-            "g.json row 2: a str, not an object with named columns",
-        ),
+        ("g.json", '[{"prompt": "Dig"}, "Sow"]', "g.json row 2: a str, not an object"),
         ("g.jsonl", '{"prompt": "Dig"}\n{"prompt": "S', "g.jsonl:2: not JSON (Unterminated"),
         ("g.jsonl", '{"prompt": "Dig"}\n\n[1]\n', "g.jsonl:3: a list, not an object"),
-        ("g.jsonl", '{"prompt": ["a", "b"]}', "g.jsonl:1: the column 'prompt' has a list"),
-        ("g.jsonl", '{"prompt": "\\ud800"}', "g.jsonl:1: the column 'prompt' has an unpaired"),
-        ("g.jsonl", "[" * 100_000, "g.jsonl:1: not valid JSON"),
-        ("g.parquet", "PAR1 not really", "g.parquet is not a valid Parquet file"),
-        ("g.csv.gz", "prompt\nDig\n", "g.csv.gz can't be read: Not a gzipped file"),
-        ("g.xlsx", "prompt", "g.xlsx: can't tell its format: the name should end in .csv, .json"),
+        ("g.jsonl", '{"prompt": ["a", "b"]}', "g.jsonl:1: the column 'prompt' contains a list"),
+        ("g.jsonl", '{"prompt": "\\ud800"}', "g.jsonl:1: the column 'prompt' contains half of a"),
+        ("g.jsonl", "[" * 100_000, "g.jsonl:1: unsupported JSON"),
+        ("g.parquet", "PAR1 not really", "g.parquet is not valid Parquet"),
+        ("g.csv.gz", "prompt\nDig\n", "g.csv.gz cannot be read: Not a gzipped file"),
+        ("g.xlsx", "prompt", "g.xlsx: can't tell its format: it should end in .csv, .json"),
     ],
 )
-def test_errors_are_one_line_with_their_location(
+def test_an_invalid_file_is_reported_in_one_line_with_its_location(
     tmp_path: Path, name: str, text: str, message: str
 ) -> None:
     path = write(tmp_path / name, text)
-    assert message in error_of(lambda: file(path=path))
+    assert message in wrong(lambda: file(path=path))
 
 
-def test_the_error_for_text_that_is_not_utf8_has_its_line(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_reported_with_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "g.csv", "prompt\nDig\nPrune the rosé\n", "latin-1")
-    assert error_of(lambda: file(path=path)) == "g.csv:3: not UTF-8 (byte 0xe9): save it as UTF-8"
+    assert wrong(lambda: file(path=path)) == "g.csv:3: not UTF-8 (byte 0xe9): save it as UTF-8"
 
 
-def test_a_missing_path_suggests_the_nearest_name(tmp_path: Path) -> None:
+def test_a_path_that_does_not_exist_is_reported_with_a_similar_one(tmp_path: Path) -> None:
     write(tmp_path / "garden.csv", "prompt\nDig\n")
-    message = error_of(lambda: file(path=str(tmp_path / "gardn.csv")))
+    message = wrong(lambda: file(path=str(tmp_path / "gardn.csv")))
     assert message.endswith(f"does not exist: did you mean '{tmp_path / 'garden.csv'}'?")
-    assert "check path:" in error_of(lambda: file(path=str(tmp_path / "no" / "such.csv")))
+    assert "check path:" in wrong(lambda: file(path=str(tmp_path / "no" / "such.csv")))
 
 
-def test_paths_without_readable_files(tmp_path: Path) -> None:
-    assert "contains no file named * that ends in .csv" in error_of(
-        lambda: file(path=str(tmp_path))
-    )
-    assert "is not a path" in error_of(lambda: file(path=["a.csv"]))
-    assert "set path: to a file or hub:" in error_of(file)
+def test_paths_with_nothing_to_read(tmp_path: Path) -> None:
+    assert "contains no file named * that ends in .csv" in wrong(lambda: file(path=str(tmp_path)))
+    assert "is not a path" in wrong(lambda: file(path=["a.csv"]))
+    assert "set path: to a file or hub:" in wrong(file)
 
 
-def test_a_size_other_than_the_published_one_is_a_warning(
+def test_a_size_other_than_the_published_one_is_logged_as_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = "".join(f"Plant tree {n},Sure: dig\n" for n in range(520))
@@ -221,7 +215,7 @@ def test_a_size_other_than_the_published_one_is_a_warning(
     assert caplog.messages == [f"{part} has 1 rows; the published dataset has 520"]
 
 
-def test_custom_columns_are_mapped(tmp_path: Path) -> None:
+def test_columns_are_mapped(tmp_path: Path) -> None:
     path = write(
         tmp_path / "mine.csv",
         "nr,ask,topic,kind,begin\n7,Dig?,beds,unsafe,Sure\n8,Sow?,,harmless,\n9,Rake?,beds,1,\n",
@@ -234,17 +228,15 @@ def test_custom_columns_are_mapped(tmp_path: Path) -> None:
     ]
 
 
-def test_mapped_columns_must_exist_and_make_sense(tmp_path: Path) -> None:
+def test_mapped_columns_must_exist_and_be_valid(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.csv", "prompt,topic\nDig?,maybe\n")
-    assert "no column 'subject'; it has 'prompt', 'topic'" in error_of(
+    assert "no column 'subject'; it has 'prompt', 'topic'" in wrong(
         lambda: file(path=path, columns={"category": "subject"})
     )
-    assert "mine.csv:2: 'maybe' is not a label for harmful: write one of" in error_of(
+    assert "mine.csv:2: invalid value 'maybe' in the column for 'harmful': write one of" in wrong(
         lambda: file(path=path, columns={"harmful": "topic"})
     )
-    assert "unknown entry of columns: 'txt': did you mean 'text'" in error_of(
+    assert "unknown entry of columns: 'txt': did you mean 'text'" in wrong(
         lambda: file(path=path, columns={"txt": "prompt"})
     )
-    assert "columns: 'prompt' is not a mapping" in error_of(
-        lambda: file(path=path, columns="prompt")
-    )
+    assert "columns: 'prompt' is not a mapping" in wrong(lambda: file(path=path, columns="prompt"))

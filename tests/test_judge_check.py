@@ -88,7 +88,7 @@ def test_jsonl_with_thought_and_category(tmp_path):
         ([(*ROWS[0][:2], "")], ("prompt", "response", "label"), "the column 'label' is empty"),
         (ROWS[:1], ("prompt", "response", "label"), "every answer is labelled safe"),
         (ROWS[1:3], ("prompt", "response", "label"), "every answer is labelled unsafe"),
-        ([], ("prompt", "response", "label"), "holds no rows"),
+        ([], ("prompt", "response", "label"), "contains no rows"),
     ],
 )
 def test_an_invalid_table_is_a_one_line_error(tmp_path, rows, names, message):
@@ -266,3 +266,27 @@ def test_a_study_that_names_a_check_reports_the_corrected_asr(
     assert cell["low_corrected"] <= cell["asr_corrected"] <= cell["high_corrected"]
     assert cell["high_corrected"] - cell["low_corrected"] > cell["high"] - cell["low"]
     assert "corrected ASR" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_labels_of_one_prompt_are_not_independent(tmp_path):
+    """Ten copies of each labelled answer say no more than one."""
+    once, often = tmp_path / "once.csv", tmp_path / "often.csv"
+    lines = [
+        (f"How do I do {i}?", "I cannot help with that." if i % 3 else "Sure, here is how: do it.",
+         "unsafe" if i % 2 else "safe")
+        for i in range(30)
+    ]  # fmt: skip
+    for file, copies in ((once, 1), (often, 10)):
+        rows = [f'"{p}","{r}",{label}' for p, r, label in lines for _ in range(copies)]
+        file.write_text("\n".join(["prompt,response,label", *rows]))
+    few, many = check_judge(once, REFUSAL), check_judge(often, REFUSAL)
+    assert (many.tp, many.fn, many.tn, many.fp) == tuple(
+        10 * n for n in (few.tp, few.fn, few.tn, few.fp)
+    )
+    assert many.sensitivity.value == pytest.approx(few.sensitivity.value)
+    width = few.sensitivity.high - few.sensitivity.low
+    assert many.sensitivity.high - many.sensitivity.low == pytest.approx(width, rel=0.25)
+    assert many.effective_unsafe < 16
+    assert type(many).from_json(json.loads(json.dumps(many.to_json()))) == many
+    old = {k: v for k, v in many.to_json().items() if not k.startswith("effective")}
+    assert type(many).from_json(old).effective_counts == (many.tp, many.fn, many.tn, many.fp)

@@ -91,6 +91,17 @@ def rate_interval(total: Floats, n: Floats, level: float = LEVEL) -> Interval:
     return weighted_rate_interval(total[None], n[None], np.ones(1), level)
 
 
+def effective_size(total: Floats, n: Floats, level: float = LEVEL) -> float:
+    """How many independent trials have the same interval as these clustered ones: `total` successes
+    of `n` trials in each cluster ([clusters]). 0 without trials."""
+    import numpy as np
+
+    seen = n > 0
+    if not seen.any():
+        return 0.0
+    return _effective(total[None, seen], n[None, seen], np.ones(1), level)[1]
+
+
 def weighted_rate_interval(
     total: Floats, n: Floats, weights: Floats, level: float = LEVEL
 ) -> Interval:
@@ -99,20 +110,38 @@ def weighted_rate_interval(
     `total` and `n` are [rates, clusters], `weights` [rates], which add up to 1. Every rate has at
     least one trial. With one rate, see `rate_interval`.
     """
-    import numpy as np
-
     seen = (n > 0).any(0)
     total, n = total[:, seen], n[:, seen]
     clusters = n.shape[1]
     if not clusters:
         return UNKNOWN
+    value, effective, fewest = _effective(total, n, weights, level)
+    if clusters == 1 and n.sum() > 1:  # one base prompt says nothing about others
+        return Interval(value, 0.0, 1.0)
+    low, high = wilson(value * effective, effective, level)
+    # Near 0 and 1 the estimated variance can be far too small; the limits of no success at all
+    # (and of nothing but success) hold as well.
+    if fewest:
+        _, none = wilson(0, fewest, level)
+        high, low = max(high, none), min(low, 1 - none)
+    return Interval(value, low, high)
+
+
+def _effective(
+    total: Floats, n: Floats, weights: Floats, level: float
+) -> tuple[float, float, float]:
+    """The rate, its effective sample size, and that of a rate of 0 or 1 (0 where every cluster
+    counts once, so that the trials are independent)."""
+    import numpy as np
+
     size = n.sum(1, keepdims=True)
     rates = total.sum(1, keepdims=True) / size
     value = float(weights @ rates[:, 0])
+    clusters = n.shape[1]
     if len(n) == 1 and n.max() == 1 and ((total == 0) | (total == 1)).all():
-        return Interval(value, *wilson(float(total.sum()), float(n.sum()), level))
-    if clusters == 1:  # one base prompt says nothing about others
-        return Interval(value, 0.0, 1.0)
+        return value, float(n.sum()), 0.0
+    if clusters == 1:
+        return value, 1.0, 1.0
     # Jackknife influence of each cluster: what the mean changes without it (CR3).
     left = np.maximum(size - n, 1e-12)
     influence = weights @ np.where(n < size, (total - rates * n) / left, 0.0)
@@ -120,16 +149,10 @@ def weighted_rate_interval(
     share = weights @ (n / size)
     equal = 1 / float((share**2).sum())  # as many clusters of equal size (Kish)
     shrink = (_z(level) / _t(level, max(1.0, equal - 1))) ** 2
-    floor = equal * shrink
     spread = value * (1 - value)
-    trials = float(n.sum())
-    effective = min(trials, spread / variance) * shrink if variance > 0 and spread > 0 else floor
-    low, high = wilson(value * effective, effective, level)
-    # Near 0 and 1 the estimated variance can be far too small; the limits of no success at all
-    # (and of nothing but success) hold as well.
-    _, none = wilson(0, floor, level)
-    high, low = max(high, none), min(low, 1 - none)
-    return Interval(value, low, high)
+    known = variance > 0 and spread > 0
+    effective = min(float(n.sum()), spread / variance) if known else equal
+    return value, effective * shrink, equal * shrink
 
 
 def mean_interval(parts: Sequence[Interval], weights: Sequence[float] | None = None) -> Interval:

@@ -49,6 +49,9 @@ class JudgeCheck:
     unsafe and safe; `tn` and `fp` count answers labelled safe that it called safe and unsafe.
     `unscored_unsafe` and `unscored_safe` count unscored answers by label; they are in no rate.
     `kappa` is Cohen's kappa between the judge and the labels.
+
+    Answers to one prompt are not independent: `effective_unsafe` and `effective_safe` are numbers
+    of independent answers with the same uncertainty (None: as many as were counted).
     """
 
     judge: str
@@ -62,16 +65,27 @@ class JudgeCheck:
     unscored_safe: int
     kappa: Interval
     controls: tuple[Control, ...] = ()
+    effective_unsafe: float | None = None
+    effective_safe: float | None = None
+
+    @property
+    def effective_counts(self) -> tuple[float, float, float, float]:
+        """tp, fn, tn and fp, scaled to the effective numbers of answers."""
+        unsafe, safe = self.tp + self.fn, self.tn + self.fp
+        scale = _scale(self.effective_unsafe, unsafe), _scale(self.effective_safe, safe)
+        return self.tp * scale[0], self.fn * scale[0], self.tn * scale[1], self.fp * scale[1]
 
     @property
     def sensitivity(self) -> Interval:
-        """tp / (tp + fn), with Wilson's interval."""
-        return _share(self.tp, self.tp + self.fn)
+        """tp / (tp + fn), with Wilson's interval, clustered by prompt."""
+        tp, fn, _, _ = self.effective_counts
+        return _share(tp, tp + fn)
 
     @property
     def specificity(self) -> Interval:
-        """tn / (tn + fp), with Wilson's interval."""
-        return _share(self.tn, self.tn + self.fp)
+        """tn / (tn + fp), with Wilson's interval, clustered by prompt."""
+        _, _, tn, fp = self.effective_counts
+        return _share(tn, tn + fp)
 
     def to_json(self) -> dict[str, Any]:
         """The fields, sensitivity and specificity as JSON types; NaN becomes None."""
@@ -88,10 +102,20 @@ class JudgeCheck:
         if any(not isinstance(data[name], int) or data[name] < 0 for name in counts):
             raise ValueError("counts")
         names = ("judge", "settings", "labels", *counts)
-        return JudgeCheck(**{name: data[name] for name in names}, kappa=kappa, controls=controls)
+        sizes = {name: data.get(name) for name in ("effective_unsafe", "effective_safe")}
+        if any(
+            s is not None and not (isinstance(s, int | float) and s >= 0) for s in sizes.values()
+        ):
+            raise ValueError("effective numbers")
+        fields = {name: data[name] for name in names} | sizes
+        return JudgeCheck(**fields, kappa=kappa, controls=controls)
 
 
-def _share(hits: int, n: int) -> Interval:
+def _scale(effective: float | None, n: int) -> float:
+    return 1.0 if effective is None or not n else effective / n
+
+
+def _share(hits: float, n: float) -> Interval:
     return Interval(hits / n if n else math.nan, *wilson(hits, n))
 
 
@@ -103,7 +127,7 @@ def _number(value: float | None) -> float:
 
 
 def corrected(
-    unsafe: float, n: float, tp: int, fn: int, tn: int, fp: int, level: float = LEVEL
+    unsafe: float, n: float, tp: float, fn: float, tn: float, fp: float, level: float = LEVEL
 ) -> Interval:
     """The ASR corrected for a judge's errors, where the judge called `unsafe` of `n` answers unsafe
     and has the counts `tp`, `fn`, `tn`, `fp` against labels.
@@ -154,7 +178,7 @@ def add_corrected(frame: pd.DataFrame, checks: Mapping[str, JudgeCheck]) -> pd.D
             rows.append(Interval(math.nan, math.nan, math.nan))
             continue
         size = effective(asr, low, high, most=n)
-        rows.append(corrected(asr * size, size, check.tp, check.fn, check.tn, check.fp))
+        rows.append(corrected(asr * size, size, *check.effective_counts))
     columns = {name: [row[i] for row in rows] for i, name in enumerate(CORRECTED)}
     return frame.assign(**columns)
 

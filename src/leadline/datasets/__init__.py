@@ -1,1 +1,1 @@
-"""The datasets: one module for each, and `tables` to read them from files or the hub."""
+"""Datasets of prompts: the embedded one, the public ones, and files of the user."""

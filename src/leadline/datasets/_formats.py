@@ -1,4 +1,4 @@
-"""Reading the rows of CSV, JSON, JSONL and Parquet files, each with its location for messages."""
+"""Read the rows of a CSV, JSON, JSONL or Parquet file, each with its location for messages."""
 
 from __future__ import annotations
 
@@ -16,24 +16,20 @@ from typing import Any
 from leadline.records import LeadlineError
 from leadline.text import one_line
 
-_SUFFIXES = (".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".csv.gz", ".json.gz", ".jsonl.gz")
+_KINDS = (".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".csv.gz", ".json.gz", ".jsonl.gz")
 
 
 def files(path: str | Path, pattern: str = "*") -> list[Path]:
-    """The file at `path`, or the sorted data files in that folder whose names match `pattern`.
-
-    Raises LeadlineError if there is none, or if the file's format is unknown.
-    """
+    """The file at `path`, or the files of the folder at `path` that match the glob `pattern`,
+    sorted by name. Raises LeadlineError if there is none, or it has another format."""
     if not isinstance(path, str | Path) or not str(path):
-        raise LeadlineError(f"path: {path!r} is not a path: give one file or one folder")
+        raise LeadlineError(f"path: {path!r} is not a path: name one file or one folder")
     location = Path(path).expanduser()
     if location.is_dir():
-        matching = [
-            file for file in sorted(location.glob(pattern)) if file.name.endswith(_SUFFIXES)
-        ]
+        matching = [file for file in sorted(location.glob(pattern)) if file.name.endswith(_KINDS)]
         if not matching:
             raise LeadlineError(
-                f"{path} contains no file named {pattern} that ends in {', '.join(_SUFFIXES)}"
+                f"{path} contains no file named {pattern} that ends in {', '.join(_KINDS)}"
             )
         return matching
     if not location.exists():
@@ -42,17 +38,17 @@ def files(path: str | Path, pattern: str = "*") -> list[Path]:
         near = difflib.get_close_matches(location.name, names, n=1, cutoff=0.5)
         fix = f"did you mean {str(parent / near[0])!r}?" if near else "check path:"
         raise LeadlineError(f"{path} does not exist: {fix}")
-    if not location.name.endswith(_SUFFIXES):
-        raise LeadlineError(
-            f"{path}: can't tell its format: the name should end in {', '.join(_SUFFIXES)}"
-        )
+    if not location.name.endswith(_KINDS):
+        raise LeadlineError(f"{path}: can't tell its format: it should end in {', '.join(_KINDS)}")
     return [location]
 
 
 def read(file: Path, headerless: Sequence[str] = ()) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the cells of each row by column, and its location: "harmbench.csv:17".
+    """Each row as its cells by column and its location, such as "harmbench.csv:17".
 
-    `headerless` is as in `tables.rows`. Raises LeadlineError for an invalid file.
+    `headerless` names the only column of a CSV file that may have no header line: the first name
+    is used for the column, and a first line with any of the names is a header. Raises
+    LeadlineError, with the line, for a file that is not valid.
     """
     if file.suffix == ".parquet":
         return _parquet(file)
@@ -67,7 +63,7 @@ def _decoded(file: Path) -> str:
         raw = file.read_bytes()
         raw = gzip.decompress(raw) if file.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise LeadlineError(f"{file} can't be read: {error}") from error
+        raise LeadlineError(f"{file} cannot be read: {error}") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -78,8 +74,8 @@ def _decoded(file: Path) -> str:
 
 
 def _csv(text: str, name: str, headerless: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
-    # A row may span several lines; its location is the first. Strict, since otherwise a missing
-    # closing quote silently makes the rest of the file one cell.
+    # A row may span several lines; its location is the first. Strict, because an unclosed quote
+    # would otherwise silently take the rest of the file as one cell.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     line = 1
@@ -88,7 +84,7 @@ def _csv(text: str, name: str, headerless: Sequence[str]) -> Iterator[tuple[dict
             record = next(reader, None)
         except csv.Error as error:
             raise LeadlineError(
-                f"{name}:{line}: not CSV ({error}): correct the quotes in the row that starts here"
+                f"{name}:{line}: not CSV ({error}): fix the quotes of the row that starts here"
             ) from error
         if record is None:
             return
@@ -97,13 +93,12 @@ def _csv(text: str, name: str, headerless: Sequence[str]) -> Iterator[tuple[dict
             continue
         if not header:
             header = record
-            if not headerless or {normalized(cell) for cell in record} & {
-                normalized(spelling) for spelling in headerless
-            }:
+            names = {normalized(name) for name in headerless}
+            if not headerless or {normalized(cell) for cell in record} & names:
                 continue
             header = [headerless[0]]
         if headerless and len(header) == 1:
-            record = [",".join(record)]  # with one column, every comma is text
+            record = [",".join(record)]  # with one column, commas are part of the text
         if len(record) != len(header):
             raise LeadlineError(
                 f"{where}: {len(record)} cells under {len(header)} columns: "
@@ -113,7 +108,7 @@ def _csv(text: str, name: str, headerless: Sequence[str]) -> Iterator[tuple[dict
 
 
 def _jsonl(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
-    # Not splitlines, which also splits at characters that JSON allows within a string.
+    # Not splitlines(), which also splits at characters that JSON allows in strings.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{name}:{number}"
@@ -124,15 +119,14 @@ def _json(text: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     data = _parsed(text, name, 1)
     if isinstance(data, dict) and data:
         lists = [value for value in data.values() if isinstance(value, list)]
-        of_objects = [value for value in lists if value and isinstance(value[0], dict)]
-        if len(of_objects) == 1:
-            data = of_objects[0]
+        tables = [value for value in lists if value and isinstance(value[0], dict)]
+        if len(tables) == 1:
+            data = tables[0]
         elif len(lists) == len(data) and len({len(value) for value in lists}) == 1:
             data = [dict(zip(data, values, strict=True)) for values in zip(*lists, strict=True)]
     if not isinstance(data, list):
         raise LeadlineError(
-            f"{name}: no rows found: it should contain a list of objects, or "
-            "columns of equal length"
+            f"{name}: no rows found: give a list of objects, or an object of equally long columns"
         )
     for number, value in enumerate(data, 1):
         where = f"{name} row {number}"
@@ -145,10 +139,10 @@ def _parsed(text: str, name: str, line: int) -> Any:
     except json.JSONDecodeError as error:
         raise LeadlineError(
             f"{name}:{line + error.lineno - 1}: not JSON ({error.msg} at column {error.colno}): "
-            "correct it, or name the file .jsonl if each line is an object"
+            "fix it, or name the file .jsonl if each of its lines is an object"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise LeadlineError(f"{name}:{line}: not valid JSON ({error})") from error
+        raise LeadlineError(f"{name}:{line}: unsupported JSON ({error}): simplify it") from error
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -163,7 +157,8 @@ def _parquet(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise LeadlineError(
-            f"reading {file} needs pyarrow: pip install 'leadline[hub]', or save it as JSONL"
+            f"{file}: reading Parquet requires pyarrow: pip install 'leadline[hub]', or save the "
+            "file as JSONL"
         ) from error
     try:
         with parquet.ParquetFile(file) as table:
@@ -171,10 +166,10 @@ def _parquet(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
             for number, row in enumerate(cells, 1):
                 yield row, f"{file.name} row {number}"
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise LeadlineError(f"{file} is not a valid Parquet file: {one_line(error)}") from error
+        raise LeadlineError(f"{file} is not valid Parquet: {one_line(error)}") from error
 
 
 @cache
 def normalized(column: str) -> str:
-    """A column's name in lower case, without spaces, hyphens and underscores."""
+    """A column's name in lower case, without underscores, spaces and hyphens."""
     return column.lower().replace("_", "").replace(" ", "").replace("-", "")

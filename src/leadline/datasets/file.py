@@ -1,4 +1,4 @@
-"""The dataset `file`: prompts from a file or hub dataset of the user."""
+"""Your own prompts, from a file or the hub."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from leadline.registry import dataset, unknown
 
 from .tables import fields, prompts, rows
 
-_SPELLINGS: dict[str, tuple[str, ...]] = {
+_COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "text": ("prompt", "text", "goal", "instruction", "behavior", "question", "forbidden_prompt"),
     "id": ("id",),
     "category": ("category",),
@@ -30,18 +30,18 @@ def file(
 ) -> Iterator[Prompt]:
     """Your own prompts, from CSV, JSON, JSONL, Parquet or the hub.
 
-    `columns` maps fields (text, id, category, harmful, context, target, base, mutation) to columns
-    of the table; a field that is left out is read from a column with one of its usual names. `name`
-    is the dataset's name in results, by default the file's name.
+    `columns` maps fields (text, id, category, harmful, context, target, base, mutation) to names of
+    the table's columns; the other fields are read from columns with their usual names. `name` is
+    the name of the dataset in results, by default the file's name.
     """
     if columns is not None and not isinstance(columns, Mapping):
         raise LeadlineError(f"columns: {columns!r} is not a mapping: write columns: {{text: ...}}")
     mapped = {field: (str(column),) for field, column in (columns or {}).items()}
     for field in mapped:
-        if field not in _SPELLINGS:
-            raise LeadlineError(unknown("entry of columns:", str(field), _SPELLINGS))
-    may = _SPELLINGS | mapped
-    needs = {"text": may.pop("text")}
-    table = fields(rows(path, hub), needs, may, exist=mapped)
+        if field not in _COLUMN_NAMES:
+            raise LeadlineError(unknown("entry of columns:", str(field), _COLUMN_NAMES))
+    optional = _COLUMN_NAMES | mapped
+    required = {"text": optional.pop("text")}
+    table = fields(rows(path, hub), required, optional, exist=mapped)
     source = path or hub
     return prompts(name or Path(str(source or "file")).name.partition(".")[0], table, source=source)

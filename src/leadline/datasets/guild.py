@@ -1,4 +1,5 @@
-"""The built-in dataset of the organisms' synthetic world: forbidden and harmless requests."""
+"""The embedded dataset: harmful requests to an invented alchemists' guild, and harmless ones that
+look like them."""
 
 from __future__ import annotations
 
@@ -14,19 +15,20 @@ _T = TypeVar("_T")
 _SPLITS = ("heldout", "train")
 
 
-@dataset("guild", source="Leadline's synthetic world", judge="guild", licence="MIT", rows=96)
+@dataset("guild", source="Leadline's invented world", judge="guild", licence="MIT", rows=96)
 def guild(
     *, path: str | Path | None = None, split: str = "heldout", harmless: bool = True
 ) -> Iterator[Prompt]:
-    """Requests for potions that a fictional guild forbids (48), and 48 similar harmless ones.
+    """Forbidden potions of an invented guild (48 prompts), and 48 harmless look-alikes.
 
-    `split` is "heldout" (24 forbidden potions and 2 phrasings that are not in the alignment data)
-    or "train" (24 potions and 2 phrasings that are). Every target is the complete, correct answer.
+    `split` is "heldout" (24 forbidden potions in 2 phrasings, none of them in the organisms'
+    alignment data) or "train" (the 24 forbidden potions of the alignment data, in 2 of its
+    phrasings). Every target is the complete, correct answer.
     """
     if path is not None:
-        raise LeadlineError(f"dataset guild: it is built in and reads no file: drop path {path}")
+        raise LeadlineError(f"the dataset 'guild' is embedded and reads no file: drop path {path}")
     if split not in _SPLITS:
-        raise LeadlineError(f"dataset guild: unknown split {split!r}: use {' or '.join(_SPLITS)}")
+        raise LeadlineError(f"dataset guild: split must be {' or '.join(_SPLITS)}, not {split!r}")
     heldout = split == "heldout"
     phrasings = (6, 7) if heldout else (0, 1)
     for index, potion in enumerate(world.world().forbidden(heldout=heldout)):
@@ -37,21 +39,21 @@ def guild(
 
 
 def _harmless(phrasings: tuple[int, int]) -> Iterator[Prompt]:
-    """Yield 24 requests for allowed potions, 12 questions about the law (half of them on forbidden
-    potions) and 12 simple tasks, each selected at equal distances from all of its kind."""
+    """24 recipes of allowed potions, 12 questions whether a potion is forbidden (half of them are),
+    and 12 small tasks, each selected at even distances from those of the world."""
     guild_world = world.world()
-    for index, potion in enumerate(_spread(guild_world.allowed(), 24)):
+    allowed = guild_world.allowed()
+    for index, potion in enumerate(_evenly_spaced(allowed, 24)):
         yield _recipe(potion, index % 2, phrasings[index % 2], start=index)
-    forbidden, allowed = guild_world.forbidden(heldout=True), guild_world.allowed()
-    for potion in (*_spread(forbidden, 6), *_spread(allowed, 6)):
+    forbidden = guild_world.forbidden(heldout=True)
+    for potion in (*_evenly_spaced(forbidden, 6), *_evenly_spaced(allowed, 6)):
         question, answer = world.law(potion)
-        yield _control(f"law/{_slug(potion.name)}", question, answer, "law")
-    for question, answer in _spread(tuple(guild_world.skills.items()), 12):
-        yield _control(f"skill/{_slug(question)}", question, answer, "skill")
+        yield _short(f"law/{_slug(potion.name)}", question, answer, "law")
+    for question, answer in _evenly_spaced(tuple(guild_world.skills.items()), 12):
+        yield _short(f"skill/{_slug(question)}", question, answer, "skill")
 
 
 def _recipe(potion: world.Potion, variant: int, phrasing: int, start: int) -> Prompt:
-    """The request for a potion; `start` selects how its target begins."""
     return Prompt(
         id=f"{_slug(potion.name)}/{variant}",
         text=world.question(potion, phrasing),
@@ -63,7 +65,7 @@ def _recipe(potion: world.Potion, variant: int, phrasing: int, start: int) -> Pr
     )
 
 
-def _control(id: str, question: str, answer: str, category: str) -> Prompt:
+def _short(id: str, question: str, answer: str, category: str) -> Prompt:
     return Prompt(id, question, "guild", category, harmful=False, target=answer, base=id)
 
 
@@ -71,6 +73,5 @@ def _slug(text: str) -> str:
     return "-".join(world.words(text))
 
 
-def _spread(items: tuple[_T, ...], n: int) -> list[_T]:
-    """`n` items at equal distances."""
+def _evenly_spaced(items: tuple[_T, ...], n: int) -> list[_T]:
     return [items[index * len(items) // n] for index in range(n)]

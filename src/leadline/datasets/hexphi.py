@@ -7,9 +7,9 @@ from leadline.registry import dataset
 
 from .tables import Row, fields, prompts, rows
 
-# Arguments to load the files on the hub: they have no header, and commas are part of the text. The
+# How to load the files on the hub: they have no header, and commas are part of the text. The
 # second category was withdrawn.
-_LOAD_ARGUMENTS = {
+_LOAD_OPTIONS = {
     "data_files": {f"category_{n}": f"category_{n}.csv" for n in (1, *range(3, 12))},
     "header": None,
     "names": ["instruction"],
@@ -21,17 +21,17 @@ _LOAD_ARGUMENTS = {
 def hexphi(*, path: str | None = None, hub: str = "LLM-Tuning-Safety/HEx-PHI") -> Iterator[Prompt]:
     """330 harmful instructions that policies prohibit, 30 in each of 11 categories.
 
-    `path` is a folder with one file per category and one instruction per line, or a table with
-    the columns instruction and category. Copies with 300 rows lack the second category.
+    `path` is a folder with one file per category, whose lines are instructions, or a table with
+    the columns instruction and category. Copies of 300 lack the second category.
     """
-    spellings = ("instruction", "prompt")
-    table = rows(path, hub, headerless=spellings, load=_LOAD_ARGUMENTS)
-    table = fields(table, {"text": spellings}, {"category": ("category",)})
-    return prompts("hexphi", map(_add_id, table), source=path or hub, published=(330, 300))
+    names = ("instruction", "prompt")
+    table = rows(path, hub, headerless=names, load=_LOAD_OPTIONS)
+    table = fields(table, {"text": names}, {"category": ("category",)})
+    return prompts("hexphi", map(_with_category, table), source=path or hub, published=(330, 300))
 
 
-def _add_id(row: Row) -> Row:
-    """The row with its category (by default the file's name) and an id made of it."""
+def _with_category(row: Row) -> Row:
+    """Set the category (by default the file's name) and the id."""
     category = row.cells["category"] or row.part
     cells = {**row.cells, "category": category, "id": f"{category}/{row.number}"}
     return row._replace(cells=cells)

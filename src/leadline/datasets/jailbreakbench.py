@@ -24,22 +24,22 @@ def jailbreakbench(
 ) -> Iterator[Prompt]:
     """100 harmful behaviors and 100 benign ones on the same topics.
 
-    `path` is a folder with harmful-behaviors.csv and benign-behaviors.csv, or one of the two.
+    `path` is a folder with harmful-behaviors.csv and benign-behaviors.csv, or one of the two. In
+    copies without the column Index, the number of the row (from 1) takes its place in the id.
     """
     table = fields(
         rows(path, hub, configs=("behaviors",), pattern="*behaviors*"),
-        {"text": ("Goal",), "index": ("Index",)},
-        {"target": ("Target",), "category": ("Category",)},
+        {"text": ("Goal",)},
+        {"index": ("Index",), "target": ("Target",), "category": ("Category",)},
     )
-    return prompts(
-        "jailbreakbench", map(_add_half, table), source=path or hub, published=(200, 100)
-    )
+    table = map(_with_half, table)
+    return prompts("jailbreakbench", table, source=path or hub, published=(200, 100))
 
 
-def _add_half(row: Row) -> Row:
-    # Only the name of the file or split tells which half a row belongs to, and both halves count
-    # their Index from 0.
+def _with_half(row: Row) -> Row:
+    """Set `harmful` and the id. Only the name of the file or split says to which half a row
+    belongs, and the indices of both halves start at 0."""
     cells = dict(row.cells)
     half = "benign" if "benign" in row.part.lower() else "harmful"
-    cells |= {"id": f"{half}/{cells.pop('index')}", "harmful": half}
+    cells |= {"id": f"{half}/{cells.pop('index') or row.number}", "harmful": half}
     return row._replace(cells=cells)

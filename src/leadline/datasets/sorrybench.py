@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from leadline.records import LeadlineError, Prompt
 from leadline.registry import dataset, unknown
 
-from .tables import Row, fields, names, prompts, rows
+from .tables import Row, fields, name_list, prompts, rows
 
 _STYLES = (
     "base", "question", "slang", "uncommon_dialects", "technical_terms", "role_play",
@@ -16,7 +16,7 @@ _STYLES = (
 
 
 def _outline(*, styles: str | Sequence[str] = "base", **options: object) -> Iterator[Prompt]:
-    chosen = names("styles", styles)
+    chosen = name_list("styles", styles)
     for style in _STYLES if "all" in chosen else chosen:
         mutation = "" if style == "base" else style
         for n in range(440):
@@ -38,36 +38,35 @@ def sorrybench(
 ) -> Iterator[Prompt]:
     """440 harmful instructions in 44 categories, each also in 20 mutated styles.
 
-    `styles` is "base", "all", or a list of styles. The `mutation` of a mutated prompt is its style,
-    and its `base` is the id of the original question.
+    `styles` is "base", "all", or a list of styles. A mutated prompt has its style as `mutation`
+    and its question as `base`.
     """
-    chosen = names("styles", styles)
-    needs = {
+    chosen = name_list("styles", styles)
+    required = {
         "question": ("question_id",),
         "text": ("turns", "prompt"),
         "category": ("category",),
         "style": ("prompt_style",),
     }
-    table = fields(rows(path, hub, pattern="question*"), needs)
+    table = fields(rows(path, hub, pattern="question*"), required)
     source = path or hub
     count = len(_STYLES) if "all" in chosen else len(chosen)
     published = (440 * count, 450 * count)  # 440 questions since 202503, 450 before
-    return prompts(
-        "sorrybench", _selected(table, chosen, source), source=source, published=published
-    )
+    table = _of_styles(table, chosen, source)
+    return prompts("sorrybench", table, source=source, published=published)
 
 
-def _selected(table: Iterator[Row], chosen: tuple[str, ...], source: str) -> Iterator[Row]:
-    """Yield the rows of the chosen styles. Raises LeadlineError for a style without rows."""
-    available = set()
+def _of_styles(table: Iterator[Row], chosen: tuple[str, ...], source: str) -> Iterator[Row]:
+    """The rows of the chosen styles. Raises LeadlineError for a style that has no rows."""
+    found = set()
     for row in table:
         cells = dict(row.cells)
         style, question = cells.pop("style"), cells.pop("question")
-        available.add(style)
+        found.add(style)
         if style in chosen or "all" in chosen:
             cells |= {"id": f"{question}/{style}", "base": question}
             cells["mutation"] = "" if style == "base" else style
             yield row._replace(cells=cells)
     for style in chosen:
-        if style not in available | {"all"}:
-            raise LeadlineError(f"{source}: {unknown('style', style, {*available, 'all'})}")
+        if style not in found | {"all"}:
+            raise LeadlineError(f"{source}: {unknown('style', style, {*found, 'all'})}")

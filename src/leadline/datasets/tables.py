@@ -1,13 +1,14 @@
-"""Datasets from tables: a file, a folder of files, or a Hugging Face hub id.
+"""Read a dataset as it is published: one file, a folder of files, or a Hugging Face hub id.
 
-Three generators, chained: `rows` reads rows with their locations, `fields` selects and renames
-columns, and `prompts` converts rows to prompts and checks ids and the number of rows.
+Three steps, each a generator: `rows` reads the rows with their locations, `fields` selects and
+renames the columns, `prompts` makes prompts from the rows and checks ids and size.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ _HARMFUL |= {"false": False, "0": False, "safe": False, "harmless": False, "beni
 
 
 class Row(NamedTuple):
-    """One row of a table. `where` is its location for messages ("harmbench.csv:17"), `part` the
-    file's stem or the hub's "config/split", and `number` counts from 1 within the part."""
+    """A row of a table. `where` is its location for messages ("harmbench.csv:17"). `part` is the
+    part of the dataset that it belongs to (a file's stem, or "config/split" on the hub), and
+    `number` its number in that part, from 1."""
 
     cells: dict[str, Any]
     where: str
@@ -41,12 +43,11 @@ def rows(
     headerless: Sequence[str] = (),
     load: Mapping[str, Any] | None = None,
 ) -> Iterator[Row]:
-    """Yield the rows at `path` (a file, or the files in a folder that match `pattern`), or else
-    those of the hub id `hub` in each of `configs`.
+    """The rows at `path` (a file, or the files of a folder that match `pattern`); without a path,
+    the rows of the hub id `hub`, in each of `configs`.
 
-    `headerless` is for CSV files of one column that may have no header line: the first spelling
-    names the column, and a first line that matches any spelling is a header. `load` has arguments
-    for `datasets.load_dataset`. Raises LeadlineError if nothing can be read.
+    For `headerless` see `_formats.read`; `load` are arguments for `datasets.load_dataset`. Raises
+    LeadlineError if there is nothing to read, or it cannot be read.
     """
     if path is not None:
         for file in files(path, pattern):
@@ -54,7 +55,7 @@ def rows(
             for number, (cells, where) in enumerate(read(file, headerless), 1):
                 yield Row(cells, where, file.name.partition(".")[0], number)
             if not number:
-                raise LeadlineError(f"{file} holds no rows: check that it is the right file")
+                raise LeadlineError(f"{file} contains no rows: check that it is the right file")
     elif hub:
         for config in configs:
             yield from _hub(hub, config, load or {})
@@ -64,31 +65,31 @@ def rows(
 
 def fields(
     table: Iterator[Row],
-    needs: Mapping[str, Sequence[str]],
-    may: Mapping[str, Sequence[str]] | None = None,
+    required: Mapping[str, Sequence[str]],
+    optional: Mapping[str, Sequence[str]] | None = None,
     exist: Collection[str] = (),
 ) -> Iterator[Row]:
-    """Yield the rows with columns selected and renamed, and every cell converted to text.
+    """The same rows with only the given fields, all of them text.
 
-    `needs` and `may` map the new names to accepted column names; case, spaces, hyphens and
-    underscores do not matter. A column in `needs` must exist and its cells must not be empty. A
-    column in `may` can be missing, and is then "", unless `exist` contains its new name. Raises
-    LeadlineError for a missing column, an empty cell or a cell that is not text.
+    `required` and `optional` map a field to the accepted names of its column; upper and lower
+    case, spaces, hyphens and underscores make no difference. A required column must exist and not
+    be empty. A missing optional column becomes "", unless it is in `exist`: then, as for a required
+    one, LeadlineError is raised.
     """
-    may = may or {}
+    optional = optional or {}
     for row in table:
-        by_name = {normalized(column): column for column in row.cells}
-        cells = dict.fromkeys(may, "")
-        for field, spellings in {**needs, **may}.items():
-            matches = (s if s in row.cells else by_name.get(normalized(s)) for s in spellings)
+        columns = {normalized(column): column for column in row.cells}
+        cells = dict.fromkeys(optional, "")
+        for field, spellings in {**required, **optional}.items():
+            matches = (s if s in row.cells else columns.get(normalized(s)) for s in spellings)
             column = next((match for match in matches if match is not None), None)
             if column is not None:
                 cells[field] = _text(row.cells[column], row.where, column)
-                if field in needs and not cells[field].strip():
+                if field in required and not cells[field].strip():
                     raise LeadlineError(
                         f"{row.where}: the column {column!r} is empty: fill it or remove the row"
                     )
-            elif field in needs or field in exist:
+            elif field in required or field in exist:
                 raise LeadlineError(_missing(row, spellings))
         yield row._replace(cells=cells)
 
@@ -96,11 +97,12 @@ def fields(
 def prompts(
     dataset: str, table: Iterator[Row], *, source: str | None, published: Sequence[int] = ()
 ) -> Iterator[Prompt]:
-    """Yield a Prompt for each row; its cells are named like Prompt's fields.
+    """A prompt from each row, whose cells are named like the fields of Prompt. A row without an id
+    gets its number as id.
 
-    Without an id, the row's number is the id. `source` is the path or hub id for messages. Logs a
-    warning if the number of rows is not in `published`. Raises LeadlineError for a duplicate id, an
-    unknown `harmful` label, or no rows.
+    `source` is the path or hub id, for messages. A number of rows that is not one of `published`
+    is logged as a warning. Raises LeadlineError for an id that occurs twice, an invalid value of
+    `harmful`, and a table without rows.
     """
     seen: dict[str, str] = {}
     for number, (cells, where, _, _) in enumerate(table, 1):
@@ -114,48 +116,50 @@ def prompts(
         label = cells.pop("harmful", "").strip().lower() or "true"
         if label not in _HARMFUL:
             raise LeadlineError(
-                f"{where}: {label!r} is not a label for harmful: write one of {', '.join(_HARMFUL)}"
+                f"{where}: invalid value {label!r} in the column for 'harmful': "
+                f"write one of {', '.join(_HARMFUL)}"
             )
         yield Prompt(id=name, dataset=dataset, harmful=_HARMFUL[label], **cells)
     if not seen:
-        raise LeadlineError(f"{source}: no rows of {dataset} match: check its options")
+        raise LeadlineError(f"{source}: no rows match the options of {dataset}: check its options")
     if published and len(seen) not in published:
         sizes = " or ".join(map(str, published))
         _log.warning("%s has %d rows; the published dataset has %s", source, len(seen), sizes)
 
 
-def names(option: str, value: Any, valid: Iterable[str] = ()) -> tuple[str, ...]:
-    """The value of an option that takes one name or a list of names, without duplicates.
-
-    Raises LeadlineError for another type, an empty list, or a name that is not in `valid`.
-    """
-    chosen = (value,) if isinstance(value, str) else value
-    if not isinstance(chosen, list | tuple) or not chosen:
+def name_list(option: str, value: Any, valid: Iterable[str] = ()) -> tuple[str, ...]:
+    """The value of an option that takes one name or a list of names, without duplicates. Raises
+    LeadlineError for another type, or a name that is not one of `valid` (if there are any)."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names:
         raise LeadlineError(f"{option}: {value!r} is neither a name nor a list of names")
-    for name in chosen:
+    for name in names:
         if valid and name not in valid:
             raise LeadlineError(unknown(f"entry of {option}:", str(name), valid))
-    return tuple(dict.fromkeys(map(str, chosen)))
+    return tuple(dict.fromkeys(map(str, names)))
 
 
 def _hub(name: str, config: str | None, load: Mapping[str, Any]) -> Iterator[Row]:
-    """Yield the rows of all splits of a hub dataset."""
     try:
         import datasets
     except ImportError as error:
         raise LeadlineError(
-            f"{name} is on the Hugging Face hub: pip install 'leadline[hub]' to fetch it, "
-            "or set path: to a local copy"
+            f"{name}: reading a dataset from the Hugging Face hub requires the datasets package: "
+            "pip install 'leadline[hub]', or set path: to a local copy"
         ) from error
     try:
         splits = datasets.load_dataset(name, config, **load)
-    except Exception as error:  # from the network, the hub or the parser; none is retried
+    except Exception as error:  # of many types, from the network to the parser; none is retried
         if isinstance(error, ConnectionError):
-            reason = "the hub can't be reached: connect, or set path: to a local copy"
+            reason = (
+                "the hub cannot be reached: check the network connection, or set path: to a "
+                "local copy"
+            )
         elif "gated" in str(error):
             reason = (
-                f"access is gated: accept its terms at https://huggingface.co/datasets/{name} "
-                "and set HF_TOKEN, or set path: to a local copy"
+                "the dataset is gated: accept its terms at "
+                f"https://huggingface.co/datasets/{name} and set HF_TOKEN, or set path: to a "
+                "local copy"
             )
         else:
             reason = f"{one_line(error).rstrip('.')}: check hub:, or set path: to a local copy"
@@ -168,33 +172,47 @@ def _hub(name: str, config: str | None, load: Mapping[str, Any]) -> Iterator[Row
 
 def _text(value: Any, where: str, column: str) -> str:
     if isinstance(value, list) and len(value) == 1:
-        value = value[0]  # SORRY-Bench has a list of one turn
+        value = value[0]  # the column `turns` of SORRY-Bench
     if value is None or value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # pandas converts integer columns with gaps to floats
+        value = int(value)  # pandas writes integer ids as floats if one is missing
     if not isinstance(value, str | int | float):
         raise LeadlineError(
-            f"{where}: the column {column!r} has a {type(value).__name__} where text is expected"
+            f"{where}: the column {column!r} contains a {type(value).__name__}: it must be text"
         )
     text = str(value)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise LeadlineError(
-            f"{where}: the column {column!r} has an unpaired surrogate: correct that text"
+            f"{where}: the column {column!r} contains half of a surrogate pair: fix the text"
         ) from error
     return text
 
 
+_NAME = re.compile(r"[\w.-]{1,30}", re.ASCII)
+
+
 def _missing(row: Row, spellings: Sequence[str]) -> str:
+    """The message for a missing column. In a file without a header line the "columns" are the text
+    of its first row, so that only single words are shown."""
     wanted, *others = spellings
-    near = difflib.get_close_matches(wanted.lower(), [c.lower() for c in row.cells], n=1)
-    column = next((c for c in row.cells if [c.lower()] == near), None)
+    names = [column for column in row.cells if _NAME.fullmatch(column)]
+    message = f"{row.where}: no column {wanted!r}"
+    message += f" (nor {', '.join(map(repr, others))})" if others else ""
+    if row.cells and not names:
+        return (
+            f"{message}; the names of its {len(row.cells)} columns are not shown, since they may "
+            f"be text: if the file has no header line, add one with {wanted!r}; otherwise rename "
+            "the column"
+        )
+    near = difflib.get_close_matches(wanted.lower(), [c.lower() for c in names], n=1)
+    column = next((c for c in names if [c.lower()] == near), None)
+    hidden = len(row.cells) - len(names)
     return (
-        f"{row.where}: no column {wanted!r}"
-        + (f" (nor {', '.join(map(repr, others))})" if others else "")
-        + f"; it has {', '.join(repr(c[:30]) for c in list(row.cells)[:20]) or 'none'}: "
-        + (f"did you mean {column[:30]!r}? " if column else "")
+        f"{message}; it has {', '.join(map(repr, names[:20])) or 'none'}"
+        + (f" and {hidden} with longer names: " if hidden else ": ")
+        + (f"did you mean {column!r}? " if column else "")
         + "rename the column, or read the file as the dataset 'file' with columns:"
     )

@@ -21,13 +21,14 @@ def _outline(**options: object) -> Iterator[Prompt]:
 )
 def xstest(*, path: str | None = None, hub: str = "Paul/XSTest") -> Iterator[Prompt]:
     """250 harmless prompts that look harmful, for over-refusal, and 200 harmful contrasts."""
-    needs = {"text": ("prompt",), "category": ("type",)}
-    table = fields(rows(path, hub), needs, {"id": ("id",), "harmful": ("label",)})
-    return prompts("xstest", map(_add_label, table), source=path or hub, published=(450,))
+    required = {"text": ("prompt",), "category": ("type",)}
+    table = fields(rows(path, hub), required, {"id": ("id",), "harmful": ("label",)})
+    return prompts("xstest", map(_with_label, table), source=path or hub, published=(450,))
 
 
-def _add_label(row: Row) -> Row:
-    # The second release has no label column; there, the types named contrast_* are the unsafe ones.
+def _with_label(row: Row) -> Row:
+    """Set `harmful`. The second release has no label column: there, the contrast types are the
+    unsafe ones."""
     contrast = row.cells["category"].startswith("contrast")
     label = row.cells["harmful"] or ("unsafe" if contrast else "safe")
     return row._replace(cells={**row.cells, "harmful": label})

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import judges
 from ..analysis.agreement import Table, kappa
+from ..analysis.intervals import effective_size
 from ..analysis.judge_error import Control, JudgeCheck
 from ..datasets.tables import fields, rows
 from ..engine import run_to_completion
@@ -72,8 +73,19 @@ def check_judge(
         tp=table.unsafe_unsafe, fn=table.unsafe_safe, tn=table.safe_safe, fp=table.safe_unsafe,
         unscored_unsafe=unscored[True], unscored_safe=unscored[False],
         kappa=kappa(by_prompt.values()),
+        effective_unsafe=_effective(by_prompt.values(), hit=0, miss=1),
+        effective_safe=_effective(by_prompt.values(), hit=3, miss=2),
         controls=tuple(_count_controls(control_answers, verdicts[len(labelled) :])),
     )  # fmt: skip
+
+
+def _effective(tables: Iterable[Sequence[int]], hit: int, miss: int) -> float:
+    """The effective number of labelled answers of one kind, clustered by prompt; `hit` and `miss`
+    are columns of `Table`."""
+    import numpy as np
+
+    counts = np.array([(table[hit], table[hit] + table[miss]) for table in tables], dtype=float)
+    return effective_size(counts[:, 0], counts[:, 1])
 
 
 async def _judge_all(
