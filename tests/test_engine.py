@@ -139,7 +139,7 @@ def test_an_unreachable_endpoint_fails_its_trials_and_the_others_continue(server
     assert cells.loc["m", "n"] == 5
     assert cells.loc["gone", "asr"] != cells.loc["gone", "asr"]  # not 0: unknown
     assert found.progress is not None
-    assert "cannot connect to http://127.0.0.1:9/v1" in found.progress.notes[0]
+    assert "nothing answers at http://127.0.0.1:9/v1" in found.progress.notes[0]
 
 
 def test_a_content_filter_is_its_own_outcome(server, garden, tmp_path):

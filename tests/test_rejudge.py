@@ -221,7 +221,7 @@ def test_errors_are_one_line(server, garden, tmp_path):
         rejudge(tmp_path / "nowhere", JudgePick(name="refusal"))
     assert not (tmp_path / "nowhere").exists()
     leadline.run(study(server, garden(2)), tmp_path / "out")
-    with pytest.raises(LeadlineError, match="judge llamaguard: guard: cannot connect to"):
+    with pytest.raises(LeadlineError, match="judge llamaguard: guard: nothing answers at"):
         rejudge(tmp_path / "out", JudgePick.model_validate(
             {"llamaguard": {"model": "guard", "url": "http://127.0.0.1:9/v1"}}))  # fmt: skip
     with Store(tmp_path / "out", write=True) as store:

@@ -452,3 +452,14 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 def test_findings_of_invalid_data_are_an_error() -> None:
     with pytest.raises(LeadlineError, match=r"depth data: gcg\.0\.step"):
         findings({"gcg": [{"model": "m", "value": 1, "step": -1}]})
+
+
+def test_a_curve_that_falls_is_reported_without_a_d50(tmp_path: Path) -> None:
+    note = "the ASR falls from 100% at 5 to 17% at 10, so D50 is not defined"
+    data = prefill(k0=0, k5=1, k10=0.17) | {
+        "d50": {"m": {"prefill": {"value": None, "at": 10, "unit": "tokens", "note": note,
+                                  "first_passage": 2.4}}}
+    }  # fmt: skip
+    page, parsed = write(tmp_path, data)
+    assert page.findings[0].endswith(f"; {note}.")
+    assert parsed.row("m", "not defined") == ["m", "not defined", "–", "2.4"]

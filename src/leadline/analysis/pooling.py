@@ -173,7 +173,7 @@ def _any(cells: Sequence[Sums], level: float) -> _Any:
         scored[at] += cell.scored
         attempts[at] += cell.attempts
         base[at] = cell.base
-    apply = attempts > 0
+    apply = scored > 0
     unsafe, scored, attempts, base = (x[apply] for x in (unsafe, scored, attempts, base))
     if not len(base):
         return _Any(UNKNOWN, (0.0, 1.0), 0)

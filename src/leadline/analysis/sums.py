@@ -96,9 +96,13 @@ class Sums:
     @property
     def estimable(self) -> bool:
         """Whether a point estimate is reported: something was scored, and of several attempts of
-        which any counts, the unscored ones could not change the rate by more than 2 points."""
-        low, high = self.bounds
-        return bool(self.n.any()) and not (self.any and high - low > TOLERANCE)
+        which any counts, the unscored ones could not change the rate of the prompts with a scored
+        attempt by more than 2 points."""
+        some = self.scored > 0
+        if not some.any():
+            return False
+        unknown = (self.total == 0) & (self.scored < self.attempts)
+        return not (self.any and float(unknown[some].mean()) > TOLERANCE)
 
     def by_base(self) -> tuple[Floats, Floats]:
         """Numerator and denominator by base prompt: two of [base prompts of the dataset]."""

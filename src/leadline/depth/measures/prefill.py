@@ -112,6 +112,8 @@ def _breaks(depth: Depth, names: list[str]) -> str:
         if found and found.value is not None and not found.censored:
             tried = [p.k for p in depth.of("prefill", Prefill, model)]
             text += f"; half are broken at {d50_text(found)} {d50_interval(found, tried)}".rstrip()
+        elif found and found.note:
+            text += f"; {found.note}"
         texts.append((half.known, text))
     return per_model(texts)
 

@@ -139,18 +139,21 @@ def d50_table(
     for model, measures in depth.d50.items():
         for name, found in measures.items():
             base, _, kind = name.partition(":")
-            if base != measure or not d50_number(found):
+            if base != measure or not (d50_number(found) or found.note):
                 continue
             examples = d50_examples(found)
+            value = f"{d50_number(found)} {found.unit}" if d50_number(found) else "not defined"
+            first = found.first_passage
             row = [
-                Cell(f"{d50_number(found)} {found.unit}", "asr"),
+                Cell(value, "asr"),
                 Cell(d50_interval(found, tried(model, kind)) or "–", "zero"),
+                Cell("–" if first is None else number(first), "zero"),
             ]
             if kinds:
                 last = cell("–" if examples is None else number(examples))
                 row = [cell(kinds(kind)), *row, last]
             rows.append([cell(model), *row])
-    heads = ["model", *(["data"] if kinds else []), "D50", "95% interval"]
+    heads = ["model", *(["data"] if kinds else []), "D50", "95% interval", "first passage"]
     heads += ["examples"] if kinds else []
     return [Table("D50: the dose at which half of the prompts are broken", heads, rows)] * bool(
         rows
