@@ -334,6 +334,7 @@ def test_the_page_has_every_number(tmp_path: Path) -> None:
     assert parsed.row(DEEP, "> 30 tokens")[2] == "–"
     assert parsed.row(DEEP, "identity-shifting examples", "38 steps")[3:] == [
         "[33, above 40]",
+        "–",
         "304",
     ]
     tuned = parsed.row(ALIGNED, "examples with a hidden trigger", "40")
