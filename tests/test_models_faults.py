@@ -22,6 +22,7 @@ import leadline
 from leadline import Study
 from leadline.models.spec import Limits
 from leadline.records import Response
+from leadline.registry import _plugins, attack
 
 from .server import REFUSAL, Server
 
@@ -319,6 +320,28 @@ def test_a_long_retry_after_is_shortened_and_shown(leadline, server, study_file,
     assert "shortened to 0.2 s (max_retry_after: under limits:)" in shown
     assert shown.count("shortened") == 1  # once for each endpoint
     assert "shortened to 0.2 s" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_decoder_that_raises_leaves_its_answers_unscored(server, tmp_path):
+    def decode(answer: str) -> str:
+        raise KeyError("oops")
+
+    @attack("garbled", family="test", source="this test", decode=decode)
+    def garbled(prompt):
+        return prompt.text
+
+    server.answer = lambda text, body: SURE
+    try:
+        plan = study(
+            harmful(tmp_path, 3), {"model": "m", "url": server.url}, attacks=["direct", "garbled"]
+        )
+        found = leadline.run(plan, tmp_path / "out")
+    finally:
+        del _plugins["attack", "garbled"]
+    cells = found.cells().set_index("attack")
+    assert (cells.loc["garbled", "n"], cells.loc["garbled", "unscored"]) == (0, 3)
+    assert cells.loc["direct", "n"] == 3
+    assert found.progress.notes == ["the decoder of garbled raised KeyError"]
 
 
 def peak_mib(command: list[str], folder: Path) -> float:
