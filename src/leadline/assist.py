@@ -29,7 +29,10 @@ log = logging.getLogger("leadline")
 async def respond(model: Model, request: Request) -> Response:
     """The model's response; an exception that the model raises becomes an error response."""
     try:
-        return await model.respond(request)
+        response = await model.respond(request)
+        if not isinstance(response, Response):
+            raise TypeError(f"it returned a {type(response).__name__}, not a Response")
+        return response
     except Exception as error:
         log.debug("model %s", model.name, exc_info=True)
         return Response("", finish="error", error=f"{type(error).__name__}: {error}")

@@ -260,8 +260,9 @@ async def _run_target(run: _Run, spec: ModelSpec, model: Model) -> None:
     if not _all_stored(run, target):
         try:
             no_prefix = await model.prepare(prefix=wants_prefix)
-        except LeadlineError as error:
-            unavailable = str(error)
+        except Exception as error:  # any other exception is a bug of a model plug-in
+            known = isinstance(error, LeadlineError)
+            unavailable = str(error) if known else f"{spec.label}: {type(error).__name__}: {error}"
             run.note(unavailable)
         run.store.describe(
             f"model:{spec.label}", _model_metadata(spec, model, no_prefix, unavailable)

@@ -23,7 +23,15 @@ def files(path: str | Path, pattern: str = "*") -> list[Path]:
     """The file at `path`, or in order those of the folder there that match `pattern`."""
     if not isinstance(path, str | Path) or not str(path):
         raise LeadlineError(f"path: {path!r} is not a path: name one file or one folder")
-    place = Path(path).expanduser()
+    try:
+        return _files(path, Path(path).expanduser(), pattern)
+    except (OSError, RuntimeError) as error:  # too long, no permission, "~nobody"
+        raise LeadlineError(
+            f"{str(path)[:100]!r} cannot be read ({one_line(error)}): check path:"
+        ) from error
+
+
+def _files(path: str | Path, place: Path, pattern: str) -> list[Path]:
     if place.is_dir():
         found = [file for file in sorted(place.glob(pattern)) if file.name.endswith(_KINDS)]
         if not found:
@@ -71,6 +79,7 @@ def _csv(text: str, name: str, bare: Sequence[str]) -> Iterator[tuple[dict[str, 
     # A row may span lines, and is found by its first. Strict: a quote left open would otherwise
     # swallow the rest of the file without a word.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is for the whole process
     header: list[str] = []
     line = 1
     while True:
