@@ -71,7 +71,8 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("remaining"), TimeRemainingColumn(), TextColumn("{task.fields[failures]}"),
+        TimeElapsedColumn(), TextColumn("remaining"), TimeRemainingColumn(),
+        TextColumn("{task.fields[failures]}"),
     )  # fmt: skip
     log = logging.getLogger("leadline")
     previous_handlers = log.handlers

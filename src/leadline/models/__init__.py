@@ -26,7 +26,7 @@ def connect(spec: ModelSpec, limits: Limits, locate: Locate = Path) -> Model:
     plugin = get("model", "openai" if spec.url else scheme)
     try:
         connected: Model = plugin.function(spec, limits, locate)
-        _ = connected.name, connected.concurrency, connected.identity
+        _ = connected.name, connected.concurrency
     except LeadlineError:
         raise
     except (Exception, SystemExit) as error:
