@@ -285,7 +285,11 @@ def published_counts(plugin: registry.DatasetPlugin, options: Mapping[str, Any])
     Returns [] if the number is unknown, if the dataset is not a public one, or if `path` exists:
     then the file itself is at fault and the error must be reported."""
     path, rows = options.get("path"), plugin.rows or 0
-    if "hub" not in plugin.options or (path and Path(path).expanduser().exists()):
+    try:
+        exists = bool(path) and Path(path).expanduser().exists()
+    except (OSError, TypeError, RuntimeError):  # not a path at all
+        exists = True
+    if "hub" not in plugin.options or exists:
         return []
     if plugin.outline:
         prompts = plugin.outline(**options)
