@@ -19,7 +19,6 @@ import pytest
 
 from leadline import Study, registry, run
 from leadline.cli import main
-from leadline.engine import judges as judging
 from leadline.records import Attempt, Message, Prompt, Response, ResponsePrefix, Verdict
 from leadline.registry import attack, judge
 from leadline.store import FILE, Store
@@ -290,8 +289,7 @@ DATASETS = {
 def test_a_bad_dataset_is_one_line_that_names_it(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(DATASETS[name])
-    text = f"targets: [{{model: m, url: 'http://127.0.0.1:9'}}]\ndatasets: [{{file: {{path: {name}}}}}]"
-    Path("study.yaml").write_text(text)
+    Path("study.yaml").write_text(GOOD.replace("guild", f"{{file: {{path: {name}}}}}"))
     assert name.split(".")[0] in error_of("run", "study.yaml", "--dry-run")
 
 
@@ -378,12 +376,10 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, monkeypatch, study_fi
     assert "another --out" in error_of("run", study, "--out", out)
 
 
-def test_a_study_name_of_400_characters(tmp_path, monkeypatch, study_file):
+def test_a_study_name_of_400_characters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    study = study_file(
-        name="a" * 400, targets=[{"model": "m", "url": "http://x"}], datasets=["guild"]
-    )
-    assert "another --out" in error_of("run", study)
+    Path("study.yaml").write_text(GOOD + f"name: {'a' * 400}\n")
+    assert "another --out" in error_of("run", "study.yaml")
 
 
 def sqlite_of(statements: str) -> bytes:
@@ -444,7 +440,6 @@ def test_a_store_that_cannot_be_read(tmp_path, study_file, case):
     if case not in ("empty", "without tables"):  # a run makes these a new store
         (tmp_path / FILE).write_bytes(raw)
         error_of("run", study, "--out", tmp_path)
-        assert Store  # the file is still there
         assert (tmp_path / FILE).exists()
 
 
@@ -483,7 +478,8 @@ def test_a_full_disk_is_one_line(tmp_path, server, study_file):
 @pytest.fixture
 def plugin():
     """Registers plug-ins for one test."""
-    registry.plugins("attack"), registry.plugins("judge"), registry.plugins("dataset")
+    for kind in ("attack", "judge", "dataset", "model"):
+        registry.plugins(kind)
     before = dict(registry._plugins)
     yield registry
     registry._plugins.clear()
@@ -606,11 +602,6 @@ def test_a_judge_that_returns_something_else_is_named(tmp_path, server, plugin, 
     )
     assert dict(scored) == {"broken": 0, "refusal": 2}
     assert command("report", tmp_path).status == 0
-    assert judging
-
-
-def bad_rows(value):
-    return lambda: value() if value is leave else value
 
 
 @pytest.mark.parametrize(
@@ -656,7 +647,7 @@ def test_a_model_factory_that_returns_something_else_is_named(tmp_path, plugin, 
 class Parrot:
     """A model that answers with anything."""
 
-    name, concurrency, identity = "parrot", 1, {"name": "parrot"}  # noqa: RUF012
+    name, concurrency, identity = "parrot", 1, {"name": "parrot"}
 
     def __init__(self, value: object) -> None:
         self.value = value

@@ -102,12 +102,13 @@ def print_table(headers: tuple[str, ...], rows: list[list[str]]) -> None:
     """Print a table to stdout, 200 columns wide if stdout is not a terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, header in enumerate(headers):
         table.add_column(header, overflow="fold", no_wrap=i == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # names may look like Rich's markup
     console = Console()
     if not console.is_terminal:  # unbroken lines for grep
         console.width = 200
