@@ -112,11 +112,13 @@ def test_a_measure_of_another_package_is_in_the_report(command: Leadline, tmp_pa
     assert point["n"] == 24
 
 
-def test_a_name_that_is_taken_is_an_error(command: Leadline, tmp_path: Path) -> None:
+def test_a_name_that_is_taken_is_a_warning(command: Leadline, tmp_path: Path) -> None:
     attack = code(ROOT / "CONTRIBUTING.md")[0].replace("every_second_word", "base64")
     installed(tmp_path / "site", {"mine": "mine"}, {"mine": attack})
-    ran = command("list", "attacks")
-    assert ran.returncode == 2
+    ran = command("list", "attacks", "--json")
+    assert ran.returncode == 0
     assert "the attack 'base64' is registered more than once" in ran.stderr
-    assert "mine.base64" in ran.stderr
+    assert "mine.base64 is ignored" in ran.stderr
     assert len(ran.stderr.splitlines()) == 1
+    (row,) = [row for row in json.loads(ran.stdout) if row["name"] == "base64"]
+    assert row["family"] == "encoding"

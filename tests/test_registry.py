@@ -80,19 +80,51 @@ def test_a_third_party_package_adds_attacks_datasets_and_judges(tmp_path, server
     assert (cells[0]["attack"], cells[0]["unsafe"]) == ("shouting(marks=2)", 1)
 
 
-def test_the_error_of_a_package_that_does_not_load_is_one_line(tmp_path):
-    environment = install(tmp_path, "import a_module_that_is_not_there")
-    ran = call(environment, "list", "attacks")
-    assert ran.returncode == 2
-    assert ran.stderr.startswith("leadline: the plug-in 'garden' (gardenplugin) does not load")
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import a_module_that_is_not_there", "ModuleNotFoundError: No module named"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("def broken(:", "SyntaxError"),
+        ("raise RuntimeError('line one\\nline two')", "RuntimeError: line one line two"),
+        ("from leadline.registry import attack\nattack('x', family=None, source='')(print)",
+         "TypeError"),
+        ("from leadline.registry import attack\nattack(5, family='x', source='')(lambda p: '')",
+         "TypeError: attack 5: name must be a string"),
+        ("from leadline.registry import judge\njudge('x', source='')(7)",
+         "TypeError: judge 'x': 7 is not a function"),
+    ],
+)  # fmt: skip
+def test_a_package_that_does_not_load_is_a_warning_that_names_it(tmp_path, code, error):
+    environment = install(tmp_path, code)
+    ran = call(environment, "list", "attacks", "--json")
+    assert ran.returncode == 0
+    assert ran.stderr.startswith(
+        "leadline: the plug-in 'garden' (gardenplugin) does not load and is ignored: " + error
+    ), ran.stderr
+    assert ran.stderr.endswith("fix or uninstall the package gardenplugin\n")
     assert len(ran.stderr.splitlines()) == 1
+    assert "base64" in [row["name"] for row in json.loads(ran.stdout)]
 
 
-def test_two_plugins_of_one_name_are_an_error():
+def test_of_two_plugins_of_one_name_the_first_stays(caplog):
     def other(prompt):
         return ""
 
-    assert registry.get("attack", "direct")  # load the attacks first
+    first = registry.get("attack", "direct")  # load the attacks first
+    registry.attack("direct", family="x", source="x")(other)
+    assert registry.get("attack", "direct") is first
+    assert "the attack 'direct' is registered more than once" in caplog.text
+    assert "leadline.attacks.baseline.direct is used" in caplog.text
+    assert "other is ignored" in caplog.text
+
+
+def test_two_plugins_of_one_name_within_leadline_are_an_error():
+    def other(prompt):
+        return ""
+
+    other.__module__ = "leadline.attacks.other"
+    assert registry.get("attack", "direct")
     with pytest.raises(LeadlineError, match="the attack 'direct' is registered more than once"):
         registry.attack("direct", family="x", source="x")(other)
 
@@ -100,14 +132,16 @@ def test_two_plugins_of_one_name_are_an_error():
 SHOUTING = PLUGIN[: PLUGIN.index("@dataset")]
 
 
-def test_a_name_that_a_module_registers_twice_is_an_error(tmp_path):
+def test_a_name_that_a_module_registers_twice_is_a_warning(tmp_path):
     environment = install(tmp_path, SHOUTING + SHOUTING)
-    ran = call(environment, "list", "attacks")
-    assert ran.returncode == 2
+    ran = call(environment, "list", "attacks", "--json")
+    assert ran.returncode == 0
     assert ran.stderr == (
-        "leadline: the attack 'shouting' is registered more than once "
-        "(twice in gardenplugin.shouting): rename one of them, or uninstall its package\n"
+        "leadline: the attack 'shouting' is registered more than once: gardenplugin.shouting is "
+        "used and gardenplugin.shouting is ignored: rename the second one, or uninstall its "
+        "package\n"
     )
+    assert [row["name"] for row in json.loads(ran.stdout)].count("shouting") == 1
 
 
 RELOAD = """

@@ -183,11 +183,11 @@ async def _run_study(run: _Run, targets: list[tuple[ModelSpec, Model]]) -> None:
     run.prompts = store.prompt_ids(p for ps in run.plan.prompts.values() for p in ps)
     run.progress.total = plan.count(run.plan)
     run.progress.done = dict.fromkeys(run.progress.total, 0)
-    run.report_progress(now=True)
     auxiliary = _build_judges(run)
     if study.attacker and any(a.asks_attacker for a in run.attacks.values()):
         attacker = connect(study.attacker, study.limits, study.locate)
         auxiliary["attacker"] = run.attacker = CachedModel(attacker, store)
+    run.report_progress(now=True)
     try:
         for role, model in auxiliary.items():
             await _prepare_auxiliary(role, model)

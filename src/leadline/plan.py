@@ -8,7 +8,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -24,13 +24,16 @@ from .records import (
     Attempt,
     AttemptFailed,
     LeadlineError,
+    Message,
     NotApplicable,
     Prompt,
     Request,
+    ResponsePrefix,
     Sampling,
     Trial,
 )
 from .study import AttackPick, JudgePick, Study
+from .text import one_line
 
 log = logging.getLogger("leadline")
 _SWEEP_BATCH = 64  # trials of a sweep that share prompts: a local model's default batch
@@ -59,24 +62,26 @@ class Attack:
 
     def attempts(self, prompt: Prompt, seed: int) -> list[Attempt]:
         """The attempts on a prompt; deterministic in the seed, the prompt and the attack. Raises
-        NotApplicable, and whatever the plug-in raises."""
-        result = self.plugin.function(_with_context(prompt), **self._arguments(prompt, seed))
+        NotApplicable, and whatever the plug-in raises; TypeError or ValueError if it returns
+        anything but attempts."""
+        try:
+            result = self.plugin.function(_with_context(prompt), **self._arguments(prompt, seed))
+        except SystemExit as error:  # it would end the run of all other attacks
+            raise RuntimeError(f"it called sys.exit({error.code!r})") from None
         attempts = result if isinstance(result, list) else [result]
-        return [Attempt.ask(a) if isinstance(a, str) else a for a in attempts]
+        if not attempts:
+            raise ValueError("it returned no attempt")
+        return [_checked(attempt) for attempt in attempts]
 
     async def assisted_attempt(self, prompt: Prompt, seed: int, assist: Assist) -> Attempt:
         """The attempt of a model-assisted attack. Raises NotApplicable or AttemptFailed, and
         whatever the plug-in raises."""
         arguments = self._arguments(prompt, seed)
-        result = await self.plugin.function(_with_context(prompt), assist=assist, **arguments)
-        if isinstance(result, str):
-            return Attempt.ask(result)
-        if not isinstance(result, Attempt):
-            raise TypeError(
-                f"a model-assisted attack must return one Attempt or string, not a "
-                f"{type(result).__name__}"
-            )
-        return result
+        try:
+            result = await self.plugin.function(_with_context(prompt), assist=assist, **arguments)
+        except SystemExit as error:
+            raise RuntimeError(f"it called sys.exit({error.code!r})") from None
+        return _checked(result)
 
     @cached_property
     def asks_attacker(self) -> bool:
@@ -104,6 +109,38 @@ class Attack:
             return answer
         except NotApplicable as why:
             raise AttemptFailed(str(why)) from None
+
+
+_SETTINGS = {field.name for field in fields(Sampling)}
+
+
+def _checked(attempt: Any) -> Attempt:
+    """The attempt that an attack returned, a string as one user message. Raises TypeError or
+    ValueError for a value that cannot be sent."""
+    if isinstance(attempt, str):
+        attempt = Attempt.ask(attempt)
+    if not isinstance(attempt, Attempt):
+        raise TypeError(f"it returned a {type(attempt).__name__}, not a string or an Attempt")
+    prefix = attempt.prefix
+    if not (prefix is None or isinstance(prefix, ResponsePrefix)):
+        raise TypeError(f"its prefix is a {type(prefix).__name__}, not a ResponsePrefix")
+    if not attempt.messages or not all(isinstance(m, Message) for m in attempt.messages):
+        raise TypeError("its messages are not Message objects, at least one")
+    texts = [text for m in attempt.messages for text in (m.role, m.content)]
+    if prefix:
+        texts += [prefix.answer, prefix.thought or ""]
+        if prefix.tokens is not None and not (type(prefix.tokens) is int and prefix.tokens >= 0):
+            raise ValueError(f"its prefix is truncated to {prefix.tokens!r} tokens")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"it sends a {type(text).__name__} as text")
+        text.encode()  # raises for half of a surrogate pair
+    if unknown := set(attempt.sampling) - _SETTINGS:
+        raise ValueError(f"unknown sampling settings: {', '.join(map(repr, sorted(unknown)))}")
+    for name, value in attempt.sampling.items():
+        if not (isinstance(value, int | float) and abs(value) < 2**63):  # False for NaN
+            raise ValueError(f"its sampling setting {name} is {value!r}")
+    return attempt
 
 
 def _with_context(prompt: Prompt) -> Prompt:
@@ -188,6 +225,13 @@ def load(study: Study, limit: int | None = None, *, counting: bool = False) -> P
             log.warning(
                 "dataset %s was not found: counting its %d published prompts", pick.name, len(rows)
             )
+        except (Exception, SystemExit) as error:
+            log.debug("dataset %s", pick.name, exc_info=True)
+            raise LeadlineError(
+                f"dataset {pick.name}: {type(error).__name__}: {one_line(error)}: check its path "
+                "and options, or the package that it comes from"
+            ) from error
+        _check_prompts(pick.name, rows)
         label = str(pick.options.get("name") or (rows[0].dataset if rows else pick.name))
         if not rows:
             raise LeadlineError(f"dataset {label} has no prompts: check its path and options")
@@ -203,6 +247,18 @@ def load(study: Study, limit: int | None = None, *, counting: bool = False) -> P
     return Plan(study, prompts, attacks, judges)
 
 
+def _check_prompts(dataset: str, rows: Sequence[Any]) -> None:
+    """Raise LeadlineError if a dataset yields anything but prompts whose fields are text."""
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Prompt):
+            raise LeadlineError(
+                f"dataset {dataset}: its row {number} is a {type(row).__name__}, not a Prompt"
+            )
+        texts = (row.id, row.text, row.category, row.context, row.target, row.base, row.mutation)
+        if not all(isinstance(text, str) for text in texts):
+            raise LeadlineError(f"dataset {dataset}: a field of its row {number} is not text")
+
+
 def _check_options(attacks: Iterable[Attack], prompts: Sequence[Prompt], seed: int) -> None:
     """Make one attempt of each attack, so that invalid options are reported before the run."""
     prompt = next((p for p in prompts if p.harmful), prompts[0])
@@ -212,8 +268,14 @@ def _check_options(attacks: Iterable[Attack], prompts: Sequence[Prompt], seed: i
                 attack.attempts(prompt, seed)
             except LeadlineError as error:
                 raise LeadlineError(f"attack {attack.label}: {error}") from None
-            except Exception:
+            except NotApplicable:
+                pass
+            except Exception as error:
                 log.debug("attack %s", attack.label, exc_info=True)  # `trials` stores the error
+                if attack.options and registry.is_own(attack.plugin):
+                    raise LeadlineError(
+                        f"attack {attack.label}: {one_line(error)}: check its options"
+                    ) from error
 
 
 def published_counts(plugin: registry.DatasetPlugin, options: Mapping[str, Any]) -> list[Prompt]:
@@ -223,7 +285,11 @@ def published_counts(plugin: registry.DatasetPlugin, options: Mapping[str, Any])
     Returns [] if the number is unknown, if the dataset is not a public one, or if `path` exists:
     then the file itself is at fault and the error must be reported."""
     path, rows = options.get("path"), plugin.rows or 0
-    if "hub" not in plugin.options or (path and Path(path).expanduser().exists()):
+    try:
+        exists = bool(path) and Path(path).expanduser().exists()
+    except (OSError, TypeError, RuntimeError):  # not a path at all
+        exists = True
+    if "hub" not in plugin.options or exists:
         return []
     if plugin.outline:
         prompts = plugin.outline(**options)

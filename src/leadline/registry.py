@@ -12,15 +12,19 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import pkgutil
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Literal, overload
 
 from .records import LeadlineError, Prompt
+from .text import one_line
+
+log = logging.getLogger("leadline")
 
 Kind = Literal["attack", "dataset", "judge", "model", "measure"]
 KINDS: Mapping[str, Kind] = {
@@ -159,20 +163,52 @@ _plugins: dict[tuple[Kind, str], Plugin] = {}
 
 
 def _register(plugin: Plugin) -> None:
+    """Register a plug-in. Of two with one name, the first stays, with a warning; Leadline's own
+    always stays. A duplicate within Leadline is an error."""
+    _check_fields(plugin)
     earlier = _plugins.get((plugin.kind, plugin.name))
-    if earlier:
-        ours, theirs = _location(plugin), _location(earlier)
-        if ours != theirs or _importing(plugin):
-            where = f"{theirs} and {ours}" if ours != theirs else f"twice in {ours}"
+    if earlier and (_location(plugin) != _location(earlier) or _importing(plugin)):
+        if is_own(plugin) and is_own(earlier):
             raise LeadlineError(
-                f"the {plugin.kind} {plugin.name!r} is registered more than once ({where}): "
-                "rename one of them, or uninstall its package"
+                f"the {plugin.kind} {plugin.name!r} is registered more than once "
+                f"({_location(earlier)} and {_location(plugin)}): rename one of them"
             )
+        kept, ignored = (plugin, earlier) if is_own(plugin) else (earlier, plugin)
+        log.warning(
+            "the %s %r is registered more than once: %s is used and %s is ignored: rename the "
+            "second one, or uninstall its package",
+            plugin.kind, plugin.name, _location(kept), _location(ignored),
+        )  # fmt: skip
+        plugin = kept
     _plugins[plugin.kind, plugin.name] = plugin
 
 
+def is_own(plugin: Plugin) -> bool:
+    """Whether a plug-in is part of Leadline, not of another package."""
+    return _location(plugin).startswith("leadline.")
+
+
+def _check_fields(plugin: Plugin) -> None:
+    """Raise TypeError for a field whose type would fail later, e.g. when plug-ins are sorted."""
+    if not callable(plugin.function):
+        raise TypeError(f"{plugin.kind} {plugin.name!r}: {plugin.function!r} is not a function")
+    _ = plugin.options  # raises for a function without a signature
+    for field in fields(plugin):
+        value = getattr(plugin, field.name)
+        if field.type == "str" and not isinstance(value, str):
+            raise TypeError(f"{plugin.kind} {plugin.name!r}: {field.name} must be a string")
+    if isinstance(plugin.needs, str) or not all(isinstance(need, str) for need in plugin.needs):
+        raise TypeError(f"{plugin.kind} {plugin.name!r}: needs must be a tuple of strings")
+    if not isinstance(getattr(plugin, "order", 0), int | float):
+        raise TypeError(f"{plugin.kind} {plugin.name!r}: order must be a number")
+    if not isinstance(getattr(plugin, "rows", None), int | None):
+        raise TypeError(f"{plugin.kind} {plugin.name!r}: rows must be a whole number")
+
+
 def _location(plugin: Plugin) -> str:
-    return f"{plugin.function.__module__}.{plugin.function.__qualname__}"
+    function = inspect.unwrap(plugin.function)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{getattr(function, '__module__', None)}.{name}"
 
 
 def _importing(plugin: Plugin) -> bool:
@@ -317,16 +353,22 @@ def _load(kind: Kind) -> None:
 
 @cache
 def _load_entry_points() -> None:
+    """Load the plug-ins of other packages. One that does not load is named in a warning."""
     for point in entry_points(group="leadline"):
         try:
             point.load()
-        except LeadlineError:
-            raise
-        except Exception as error:
-            raise LeadlineError(
-                f"the plug-in {point.name!r} ({point.value}) does not load: "
-                f"{type(error).__name__}: {error}; fix or uninstall that package"
-            ) from error
+        except (Exception, SystemExit) as error:
+            log.warning(
+                "the plug-in %r (%s) does not load and is ignored: %s: %s; fix or uninstall the "
+                "package %s",
+                point.name, point.value, type(error).__name__, one_line(error), _package(point),
+            )  # fmt: skip
+            log.debug("plug-in %s", point.name, exc_info=True)
+
+
+def _package(point: EntryPoint) -> str:
+    """The installed package of an entry point; its top-level module if that is unknown."""
+    return point.dist.name if point.dist else point.value.partition(":")[0].partition(".")[0]
 
 
 @overload

@@ -14,10 +14,13 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from .records import LeadlineError, Prompt, Response, Verdict
+from .text import one_line, shorten
 
 FILE = "leadline.sqlite"
 COMMIT_SECONDS = 0.5
@@ -84,6 +87,39 @@ def _insert_rows(db: sqlite3.Connection, table: str, rows: list[tuple[Any, ...]]
         db.execute(sql, list(itertools.chain.from_iterable(chunk)))
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # e.g. a name that is too long
+        return False
+
+
+@cache
+def _columns() -> dict[str, set[str]]:
+    """The columns of each table of the schema."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(_SCHEMA)
+        names = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type='table'")]
+        return {name: _columns_of(db, name) for name in names}
+
+
+def _columns_of(db: sqlite3.Connection, table: str) -> set[str]:
+    return {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+
+
+def _check_columns(db: sqlite3.Connection) -> None:
+    """Raise ValueError if the file is another program's, or another version's with other tables."""
+    for table, columns in _columns().items():
+        stored = _columns_of(db, table)
+        if not stored:
+            raise ValueError(f"it has no table {table}, so it is not a store of this version")
+        if missing := columns - stored:
+            raise ValueError(
+                f"its table {table} has no column {min(missing)}, so it was written by another "
+                "version of Leadline"
+            )
+
+
 class Place(NamedTuple):
     """The primary key of a trial: row ids of its cell and prompt, and the sample's number."""
 
@@ -119,8 +155,14 @@ class Store:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if write:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (held until close)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (held until close)
+            except OSError as error:
+                raise LeadlineError(
+                    f"cannot write to {shorten(str(self.folder), 100)} ({error.strerror}): use "
+                    "another --out"
+                ) from None
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -129,14 +171,18 @@ class Store:
                     f"another leadline run is writing to {self.folder}: wait for it, stop it, or "
                     "use another --out"
                 ) from None
-        elif not self.path.is_file():
+        elif not _is_file(self.path):
             raise LeadlineError(
-                f"no study at {self.folder} (it has no {FILE}): give the output folder of "
-                "`leadline run`"
+                f"no study at {shorten(str(self.folder), 100)} (it has no {FILE}): give the "
+                "output folder of `leadline run`"
             )
-        self._db = self._connect(write)
+        try:
+            self._db = self._connect(write)
+        except BaseException:
+            if write:
+                self._lock.close()
+            raise
         if write:
-            self._db.executescript(_SCHEMA)
             self._wake = threading.Event()
             self._closing = False
             self._thread = threading.Thread(target=self._write, name="leadline-store", daemon=True)
@@ -153,11 +199,15 @@ class Store:
             if write:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.execute("PRAGMA synchronous=NORMAL")
-            db.execute("SELECT count(*) FROM sqlite_master")
-        except sqlite3.DatabaseError as error:
+            tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if tables or not write:  # a file without tables is a new store
+                _check_columns(db)
+            if write:
+                db.executescript(_SCHEMA)
+        except (sqlite3.Error, ValueError) as error:
             raise LeadlineError(
-                f"{self.path} cannot be opened as a store ({error}): move the file away, or use "
-                "another --out"
+                f"{self.path} cannot be opened as a store ({one_line(error)}): move the file "
+                "away, or use another --out"
             ) from None
         return db
 
@@ -170,7 +220,13 @@ class Store:
     def description(self, name: str, default: Any = None) -> Any:
         """The metadata that `describe` stored under a name."""
         row = self._db.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
-        return json.loads(row[0]) if row else default
+        try:
+            return json.loads(row[0]) if row else default
+        except (ValueError, TypeError) as error:
+            raise LeadlineError(
+                f"{self.path} is damaged (its entry {name!r} is not JSON: {error}): restore the "
+                "file, or run the study again with another --out"
+            ) from None
 
     def prompt_ids(self, prompts: Iterable[Prompt]) -> dict[tuple[str, str], int]:
         """Insert or update prompts; returns the row ids of all prompts by (dataset, id)."""
@@ -263,7 +319,12 @@ class Store:
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a SQL query on committed data."""
-        return self._db.execute(sql, parameters).fetchall()
+        try:
+            return self._db.execute(sql, parameters).fetchall()
+        except sqlite3.DatabaseError as error:
+            if type(error) is sqlite3.DatabaseError:  # a damaged file; subclasses: wrong SQL, locks
+                raise LeadlineError(f"{self.path} is damaged ({error}): restore it") from None
+            raise
 
     # -- writes during a run --------------------------------------------------------------------
 
@@ -331,28 +392,31 @@ class Store:
         )
 
     def _write(self) -> None:
-        db = self._connect(write=True)
-        while not self._error:
-            self._wake.wait(COMMIT_SECONDS)
-            self._wake.clear()
-            closing = self._closing  # read before _rows: all rows put before close() are in it
-            with self._rows_lock:
-                rows, self._rows = self._rows, {table: [] for table in _WRITES}
-                self._writing = True
-            try:
-                if any(rows.values()):
-                    db.execute("BEGIN IMMEDIATE")
-                    for table, batch in rows.items():
-                        _insert_rows(db, table, batch)
-                    db.execute("COMMIT")
-            except BaseException as error:
-                self._error = error
-            for row in rows["responses"]:
-                self.pending.pop(row[0], None)
+        try:
+            with closing(self._connect(write=True)) as db:
+                while not self._write_batch(db):
+                    pass
+        except BaseException as error:
+            self._error = error
             self._writing = False
-            if closing:
-                break
-        db.close()
+
+    def _write_batch(self, db: sqlite3.Connection) -> bool:
+        """Wait, then commit the waiting rows. Returns whether the store is closing."""
+        self._wake.wait(COMMIT_SECONDS)
+        self._wake.clear()
+        done = self._closing  # read before _rows: all rows put before close() are in it
+        with self._rows_lock:
+            rows, self._rows = self._rows, {table: [] for table in _WRITES}
+            self._writing = True
+        if any(rows.values()):
+            db.execute("BEGIN IMMEDIATE")
+            for table, batch in rows.items():
+                _insert_rows(db, table, batch)
+            db.execute("COMMIT")
+        for row in rows["responses"]:
+            self.pending.pop(row[0], None)
+        self._writing = False
+        return done
 
     def close(self) -> None:
         """Commit all writes and close the file. Raises LeadlineError if the writer failed."""

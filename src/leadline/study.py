@@ -6,8 +6,10 @@ Errors name the file's line, what is wrong there and how to fix it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from datetime import date, time
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -17,6 +19,52 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 from . import records, registry
 from .models.spec import Limits, ModelSpec, Strict, wrong
 from .records import Judge, LeadlineError, Model
+from .text import one_line, shorten
+
+_DEEPEST = 50  # nesting of a study file
+_MOST_VALUES = 1_000_000  # in a study file, with YAML aliases written out
+
+
+def _check_values(data: Any) -> None:
+    """Raise `wrong` for a value that JSON cannot express, so that it could not be stored or sent.
+
+    YAML also has dates, bytes, NaN, integers of any size, keys that are not text, and aliases that
+    refer to their own parent or multiply."""
+    found = 0
+    stack: list[tuple[Any, tuple[Any, ...]]] = [(data, ())]
+    while stack:
+        value, at = stack.pop()
+        found += 1
+        if found > _MOST_VALUES:
+            raise wrong(f"the study has more than {_MOST_VALUES:,} values", *at[:1])
+        if len(at) > _DEEPEST:
+            raise wrong(f"values are nested more than {_DEEPEST} deep", *at[:1])
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if not isinstance(key, str):
+                    raise wrong(f"the key {key!r} is not text: put it in quotes", *at)
+                _check_value(key, at)
+                stack.append((inner, (*at, key)))
+        elif isinstance(value, list):
+            stack.extend((inner, (*at, i)) for i, inner in enumerate(value))
+        else:
+            _check_value(value, at)
+
+
+def _check_value(value: Any, at: tuple[Any, ...]) -> None:
+    if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            raise wrong(f"{value[:50]!r} holds a character that is not text", *at)
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise wrong("an integer of more than 64 bits: use a smaller one", *at)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise wrong(f"{value} is not a finite number", *at)
+    elif isinstance(value, date | time):
+        raise wrong(f"{value} is a date in YAML: put it in quotes", *at)
+    elif isinstance(value, bytes | set):
+        raise wrong(f"a value of type {type(value).__name__}: use text, numbers or lists", *at)
 
 
 class Pick(Strict):
@@ -53,18 +101,21 @@ class Pick(Strict):
                     raise wrong(registry.unknown(what, option, valid), self.name, option)
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _values(cls, value: Any) -> Any:
+        _check_values(value)
+        return value
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """Parse one line of YAML, written as in a study file: `refusal`, or
         `qwen3guard: {model: guard, url: http://...}`. Raises LeadlineError."""
+        shown = shorten(text, 100)
         try:
-            return cls.model_validate(yaml.safe_load(text))
+            return cls.model_validate(_yaml(text, f"{cls.kind} {shown!r}")[1])
         except ValidationError as error:
-            raise LeadlineError(f"{cls.kind} {text!r}: {_sentence(error.errors()[0])}") from None
-        except yaml.YAMLError:
-            raise LeadlineError(
-                f"{cls.kind} {text!r} is not valid YAML: write a name, or 'NAME: {{option: value}}'"
-            ) from None
+            raise LeadlineError(f"{cls.kind} {shown!r}: {_sentence(error.errors()[0])}") from None
 
     def plugins(self) -> Sequence[registry.Plugin]:
         """The registered plug-ins that this entry names."""
@@ -130,6 +181,13 @@ class AttackPick(Pick):
             return members
         valid = {group for _, group in grouped} - {""}
         raise wrong(registry.unknown(f"attack {grouping}", name, valid))
+
+    @model_validator(mode="after")
+    def _sweeps(self) -> AttackPick:
+        for option, value in self.options.items():
+            if value == []:
+                raise wrong("the list of values is empty: no attack would run", self.name, option)
+        return self
 
     def variants(self) -> Iterator[tuple[str, registry.AttackPlugin, dict[str, Any]]]:
         """Yield (label, plug-in, options) for each combination of option values."""
@@ -199,6 +257,14 @@ class JudgePick(Pick):
             judge: Judge = self.plugins()[0].function(**options)
         except (LeadlineError, TypeError) as error:
             raise LeadlineError(f"judge {self.label}: {error}") from None
+        except (Exception, SystemExit) as error:
+            raise LeadlineError(
+                f"judge {self.label}: {type(error).__name__}: {one_line(error)}: check its options"
+            ) from error
+        if not callable(judge):
+            raise LeadlineError(
+                f"judge {self.label}: its factory returned a {type(judge).__name__}, not a function"
+            )
         return judge
 
     @model_validator(mode="after")
@@ -274,6 +340,12 @@ class Study(Strict):
     seed: int = 0
     _folder: Path = PrivateAttr(default=Path())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _values(cls, value: Any) -> Any:
+        _check_values(value)
+        return value
+
     @model_validator(mode="after")
     def _labels(self) -> Study:
         seen: set[str] = set()
@@ -288,8 +360,14 @@ class Study(Strict):
     def locate(self, path: str) -> Path:
         """Resolve a path of the study file: relative to the file's folder if it exists there,
         otherwise relative to the working directory."""
-        in_folder = self._folder / Path(path).expanduser()
-        return in_folder if in_folder.exists() else Path(path).expanduser()
+        try:
+            expanded = Path(path).expanduser()
+            in_folder = self._folder / expanded
+            return in_folder if in_folder.exists() else expanded
+        except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, "~nobody"
+            raise LeadlineError(
+                f"{shorten(path, 100)!r} is not a path that can be read: {one_line(error)}"
+            ) from None
 
     @staticmethod
     def load(path: str | Path) -> Study:
@@ -297,17 +375,11 @@ class Study(Strict):
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-            tree = yaml.compose(text, Loader=yaml.SafeLoader)
-            data = yaml.safe_load(text)
         except OSError as error:
             raise LeadlineError(f"cannot read {path}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise LeadlineError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise LeadlineError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-        except yaml.YAMLError as error:
-            raise LeadlineError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        tree, data = _yaml(text, str(path))
         if not isinstance(data, dict):
             raise LeadlineError(
                 f"{path}:1: a study file is a mapping with targets:, datasets: and attacks:"
@@ -319,10 +391,57 @@ class Study(Strict):
             inside = first.get("ctx", {}).get("inside", ())
             at = [p for p in (*first["loc"], *inside) if p != "options"]
             line = _line(tree, at)
-            where = ".".join(str(p) for p in first["loc"]) or "study"
+            where = ".".join(str(p) for p in first["loc"] or inside) or "study"
             raise LeadlineError(f"{path}:{line}: {where}: {_sentence(first)}") from None
         study._folder = path.resolve().parent
         return study
+
+
+def _yaml(text: str, where: str) -> tuple[yaml.Node | None, Any]:
+    """YAML as nodes (with line numbers) and as data. Raises LeadlineError, also for a key that a
+    mapping has twice: YAML parsers silently keep one of the two values."""
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_keys(tree, where)
+        return tree, yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = shorten(" ".join(str(error.problem or error.context).split()), 200)
+        raise LeadlineError(f"{where}:{line}: not valid YAML: {problem}") from None
+    except yaml.YAMLError as error:
+        raise LeadlineError(f"{where}: not valid YAML: {one_line(error)}") from None
+    except RecursionError:
+        raise LeadlineError(
+            f"{where}: the YAML is nested too deeply: use at most {_DEEPEST} levels"
+        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # PyYAML raises these for values such as the date 2024-13-45 or "!!bool maybe".
+        raise LeadlineError(f"{where}: not valid YAML: {one_line(error)}") from None
+
+
+def _check_keys(tree: yaml.Node | None, where: str) -> None:
+    """Raise LeadlineError for a mapping with a duplicate key."""
+    nodes, visited = [tree], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in visited or not isinstance(node, yaml.CollectionNode):
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes.extend(node.value)
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            nodes.append(value)
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise LeadlineError(
+                    f"{where}:{line}: the key {shorten(key.value, 50)!r} is given twice (first in "
+                    f"line {lines[name]}): remove one of the two"
+                )
+            lines[name] = line
 
 
 def _sentence(error: Any) -> str:
@@ -341,8 +460,9 @@ def _sentence(error: Any) -> str:
         return str(error["ctx"]["message"])
     message = str(error["msg"])
     value = error.get("input")
-    shown = f", not {value!r}" if isinstance(value, str | int | float | bool | None) else ""
-    return message[0].lower() + message[1:] + shown
+    scalar = isinstance(value, str | int | float | bool | None)
+    shown = f", not {shorten(repr(value), 100)}" if scalar else ""
+    return message[:1].lower() + " ".join(message[1:].split()) + shown
 
 
 def _line(node: yaml.Node | None, at: list[Any]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..records import Attempt, NotApplicable, Prompt, ResponsePrefix
+from ..records import Attempt, LeadlineError, NotApplicable, Prompt, ResponsePrefix
 from ..registry import attack
 
 
@@ -21,6 +21,10 @@ def direct(prompt: Prompt) -> str:
 )
 def prefill(prompt: Prompt, *, k: int | None = None, text: str = "Sure, here is") -> Attempt:
     """A response prefix: the first k tokens of the prompt's target, or a fixed text (`text`)."""
+    if k is not None and not (type(k) is int and k >= 0):
+        raise LeadlineError(f"k must be a number of tokens, at least 0, not {k!r}")
+    if not isinstance(text, str):
+        raise LeadlineError(f"text must be the start of an answer, not {text!r}")
     if k is None:
         return Attempt.ask(prompt.text, prefix=ResponsePrefix(answer=text))
     if not prompt.target:

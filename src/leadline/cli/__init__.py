@@ -5,9 +5,12 @@ Slow imports (torch, pandas, ...) are inside the commands, so that `leadline --h
 
 from __future__ import annotations
 
+import logging
+import sqlite3
 import sys
 
 from ..records import LeadlineError
+from ..text import one_line
 
 from . import study, depth, align, judges, organism  # isort: skip (the order of the help)
 from ._app import EXIT_ERROR, app
@@ -16,9 +19,32 @@ __all__ = ["align", "app", "depth", "judges", "main", "organism", "study"]
 
 
 def main() -> None:
-    """Run the `leadline` command. A LeadlineError is printed as one line; the exit status is 2."""
+    """Run the `leadline` command. An error is printed as one line, and the exit status is 2.
+
+    A LeadlineError says how to fix it, and so does the system's message about a file. Any other
+    exception is a bug in Leadline; `--verbose` prints its traceback."""
     try:
         app()
     except LeadlineError as error:
         print(f"leadline: {error}", file=sys.stderr)
-        sys.exit(EXIT_ERROR)
+    except sqlite3.Error as error:
+        _explain(f"the store cannot be read or written: {one_line(error)}: check the disk's space")
+    except OSError as error:
+        name = f" {str(error.filename)[:100]!r}" if error.filename else ""
+        reason = error.strerror or one_line(error)
+        _explain(f"cannot read or write{name}: {reason}: check that path and the disk's space")
+    except Exception as error:
+        _explain(
+            f"this is a bug in Leadline: {type(error).__name__}: {one_line(error)}; "
+            "`leadline --verbose ...` shows the traceback to report"
+        )
+    else:
+        return
+    sys.exit(EXIT_ERROR)
+
+
+def _explain(text: str) -> None:
+    """Print one line about the exception that is being handled, after its traceback if `--verbose`
+    is given."""
+    logging.getLogger("leadline").debug("traceback", exc_info=True)
+    print(f"leadline: {text}", file=sys.stderr)

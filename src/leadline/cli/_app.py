@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,8 +70,9 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("remaining"), TimeRemainingColumn(), TextColumn("{task.fields[failures]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("remaining"), TimeRemainingColumn(),
+        TextColumn("{task.fields[failures]}"),
     )  # fmt: skip
     log = logging.getLogger("leadline")
     previous_handlers = log.handlers
@@ -98,12 +102,13 @@ def print_table(headers: tuple[str, ...], rows: list[list[str]]) -> None:
     """Print a table to stdout, 200 columns wide if stdout is not a terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, header in enumerate(headers):
         table.add_column(header, overflow="fold", no_wrap=i == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # names may look like Rich's markup
     console = Console()
     if not console.is_terminal:  # unbroken lines for grep
         console.width = 200
@@ -112,9 +117,18 @@ def print_table(headers: tuple[str, ...], rows: list[list[str]]) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Exit with status 130 and one line on Ctrl-C: the same command resumes the work."""
+    """Exit with status 130 and one line on Ctrl-C or SIGTERM: the same command resumes the work."""
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if on_main_thread:  # elsewhere, Python does not allow to set a handler
+        # Not an exception here: asyncio has its own handler of SIGINT, which cancels its tasks.
+        earlier = signal.signal(
+            signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT)
+        )
     try:
         yield
     except KeyboardInterrupt:
         print("leadline: interrupted; run the same command again to resume", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    finally:
+        if on_main_thread:
+            signal.signal(signal.SIGTERM, earlier)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..records import LeadlineError
 from ._app import EXIT_FAILED, Json, Reveal, app, print_table, progress_bar, stoppable
 from .judges import JudgeOption
 
 if TYPE_CHECKING:
     from ..plan import Estimate
+    from ..report.study.page import Report
 
 Folder = Annotated[Path, typer.Argument(help="The results folder of a study.")]
 
@@ -95,9 +97,7 @@ def _run(
     folder = out or Path(f"leadline-{_slug(study.name)}")
     with stoppable(), progress_bar() as listener:
         results = engine.run(study, folder, limit=limit, listener=listener)
-    from ..report.study.page import write_report
-
-    report = write_report(folder, reveal=reveal)
+    report = _write_report(folder, reveal)
     if as_json:
         print((folder / "summary.json").read_text(encoding="utf-8"))
     else:
@@ -118,6 +118,19 @@ def _run(
         )
     if failed or unscored:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _write_report(folder: Path, reveal: bool, judge: str | None = None) -> Report:
+    """The written report. Raises LeadlineError if it cannot be written, e.g. on a full disk."""
+    from ..report.study.page import write_report
+
+    try:
+        return write_report(folder, reveal=reveal, judge=judge)
+    except OSError as error:
+        raise LeadlineError(
+            f"cannot write the report to {folder} ({error.strerror}): the results are kept: fix "
+            f"the cause and run: leadline report {folder}"
+        ) from None
 
 
 def _slug(name: str) -> str:
@@ -159,9 +172,7 @@ def report(
 
     Example: leadline report results
     """
-    from ..report.study.page import write_report
-
-    report = write_report(folder, reveal=reveal, judge=judge)
+    report = _write_report(folder, reveal, judge)
     if as_json:
         print((folder / "summary.json").read_text(encoding="utf-8"))
         return

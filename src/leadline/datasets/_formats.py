@@ -24,7 +24,15 @@ def files(path: str | Path, pattern: str = "*") -> list[Path]:
     sorted by name. Raises LeadlineError if there is none, or it has another format."""
     if not isinstance(path, str | Path) or not str(path):
         raise LeadlineError(f"path: {path!r} is not a path: name one file or one folder")
-    location = Path(path).expanduser()
+    try:
+        return _files(path, Path(path).expanduser(), pattern)
+    except (OSError, RuntimeError) as error:  # too long, no permission, "~nobody"
+        raise LeadlineError(
+            f"{str(path)[:100]!r} cannot be read ({one_line(error)}): check path:"
+        ) from error
+
+
+def _files(path: str | Path, location: Path, pattern: str) -> list[Path]:
     if location.is_dir():
         matching = [file for file in sorted(location.glob(pattern)) if file.name.endswith(_KINDS)]
         if not matching:
@@ -77,6 +85,7 @@ def _csv(text: str, name: str, headerless: Sequence[str]) -> Iterator[tuple[dict
     # A row may span several lines; its location is the first. Strict, because an unclosed quote
     # would otherwise silently take the rest of the file as one cell.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is for the whole process
     header: list[str] = []
     line = 1
     while True:

@@ -22,8 +22,29 @@ async def ask(
         return Verdict(unsafe=False, refusal=True, score=0.0, text="blocked by the provider")
     try:
         verdict = judge(prompt, attempt, response)
-        return await verdict if inspect.isawaitable(verdict) else verdict
-    except Exception as error:
+        return _checked(await verdict if inspect.isawaitable(verdict) else verdict)
+    except (Exception, SystemExit) as error:
         log.debug("judge %s", name, exc_info=True)
         message = f"{type(error).__name__}: {error}"
         return Verdict(unsafe=None, error=message, text=f"the judge {name} raised {message}")
+
+
+def _checked(verdict: object) -> Verdict:
+    """The verdict that a judge returned. Raises TypeError for a value that cannot be stored."""
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"it returned a {type(verdict).__name__}, not a Verdict")
+    for name in ("unsafe", "refusal", "thought_unsafe", "answer_unsafe"):
+        value = getattr(verdict, name)
+        if not (value is None or isinstance(value, bool)):
+            raise TypeError(f"{name} is {value!r}, not True, False or None")
+    for name in ("score", "utility"):
+        value = getattr(verdict, name)
+        if not (value is None or (isinstance(value, int | float) and 0 <= value <= 1)):
+            raise TypeError(f"{name} is {value!r}, not a number from 0 to 1")
+    categories = verdict.categories
+    if isinstance(categories, str) or not all(isinstance(name, str) for name in categories):
+        raise TypeError(f"categories are {categories!r}, not a tuple of strings")
+    if not isinstance(verdict.text, str):
+        raise TypeError(f"text is a {type(verdict.text).__name__}")
+    verdict.text.encode()  # raises for half of a surrogate pair
+    return verdict

@@ -8,6 +8,7 @@ from pathlib import Path
 from .. import organism
 from ..records import LeadlineError, Model
 from ..registry import get, model
+from ..text import one_line
 from .spec import Limits, ModelSpec
 
 # Resolves a path in a study file (relative to the file) to a path on disk.
@@ -22,7 +23,17 @@ def connect(spec: ModelSpec, limits: Limits, locate: Locate = Path) -> Model:
     unknown scheme, a missing model folder or a missing dependency.
     """
     scheme = spec.model.split(":", 1)[0] if ":" in spec.model else "huggingface"
-    connected: Model = get("model", "openai" if spec.url else scheme).function(spec, limits, locate)
+    plugin = get("model", "openai" if spec.url else scheme)
+    try:
+        connected: Model = plugin.function(spec, limits, locate)
+        _ = connected.name, connected.concurrency
+    except LeadlineError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise LeadlineError(
+            f"{spec.label}: the model plug-in {plugin.name!r} raised {type(error).__name__}: "
+            f"{one_line(error)}: check the target's fields, or the plug-in's package"
+        ) from error
     return connected
 
 

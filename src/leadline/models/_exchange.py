@@ -134,7 +134,7 @@ class Exchange:
         # Looking up proxies costs time on every request, so do it only if one is configured.
         proxied = any(name.lower().endswith("_proxy") for name in os.environ)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
-        if key := os.environ.get(self.spec.api_key_env):
+        if key := os.environ.get(self.spec.api_key_env, "").strip():  # files end in a newline
             headers["Authorization"] = f"Bearer {key}"
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
