@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from .files import private_file, private_folder
 from .records import LeadlineError, Prompt, Response, Verdict
 
 FILE = "leadline.sqlite"
@@ -119,8 +120,8 @@ class Store:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if write:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (held until close)
+            private_folder(self.folder)
+            self._lock = open(private_file(self.folder / ".lock"), "w")  # noqa: SIM115 (held until close)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -134,6 +135,11 @@ class Store:
                 f"no study at {self.folder} (it has no {FILE}): give the output folder of "
                 "`leadline run`"
             )
+        if write:  # SQLite gives its -wal and -shm files the mode of this one
+            private_file(self.path)
+            for suffix in ("-wal", "-shm"):
+                if (part := self.path.with_name(FILE + suffix)).exists():
+                    private_file(part)
         self._db = self._connect(write)
         if write:
             self._db.executescript(_SCHEMA)
@@ -144,7 +150,7 @@ class Store:
 
     def _connect(self, write: bool) -> sqlite3.Connection:
         try:
-            mode = "rwc" if write else "ro"
+            mode = "rw" if write else "ro"
             uri = self.path.resolve().as_uri()
             db = sqlite3.connect(
                 f"{uri}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False,

@@ -17,6 +17,7 @@ from .. import engine, plan
 from ..analysis.results import Results
 from ..depth import curves
 from ..depth.d50 import d50
+from ..files import write_private
 from ..progress import Listener
 from ..study import Study
 
@@ -76,9 +77,8 @@ def before_after(
         "level": 0.95,
     }
     table = BeforeAfter(rows, settings)
-    (out / "before_after.json").write_text(
-        json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n"
+    write_private(out / "before_after.json", text)
     return table
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from shutil import copy, rmtree
 from typing import Any
 
+from ..files import private_folder, write_private
 from ..models.checkpoint import Checkpoint, adapter_base
 from ..models.template import Template, load_tokenizer, quiet
 from ..models.weights import Weights
@@ -110,7 +111,8 @@ class TrainingRun:
         if not file.is_file() and (out / "config.json").exists():
             raise LeadlineError(f"{out} already contains a model: give another --out")
         try:
-            run.folder.mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)  # a model folder has the usual mode
+            private_folder(run.folder)
         except OSError as error:
             raise LeadlineError(f"{out}: {error.strerror}: give another --out") from error
         return run
@@ -166,7 +168,7 @@ class TrainingRun:
         """Copy the safety callback's measurements to where the depth report looks for them."""
         curves = checkpoints / "safety" / "training.json"
         if curves.is_file():
-            (self.out / "safety").mkdir(exist_ok=True)
+            private_folder(self.out / "safety")
             copy(curves, self.out / "safety")
 
     def evaluate(
@@ -264,7 +266,7 @@ def _progress_callback(run: TrainingRun, progress: CombinedProgress) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             if state.is_world_process_zero:
-                (run.folder / "run.json").write_text(run.description, encoding="utf-8")
+                write_private(run.folder / "run.json", run.description)
             progress.update("training", state.global_step, state.max_steps)
 
     return ProgressCallback()

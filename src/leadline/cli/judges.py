@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..files import write_private
 from ..records import LeadlineError
 from ._app import Json, app, print_table, progress_bar, stoppable
 
@@ -56,10 +57,7 @@ def check(
     with stoppable(), progress_bar() as listener:
         result = check_judge(labels, pick, listener)
     text = json.dumps(result.to_json(), indent=2)
-    try:
-        out.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise LeadlineError(f"cannot write {out} ({error.strerror}): give another --out") from None
+    write_private(out, text + "\n")
     if as_json:
         print(text)
         return

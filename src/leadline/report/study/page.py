@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...analysis import rates
+from ...files import write_private
 from ...store import Store
 from ..html import render
 from . import charts
@@ -42,8 +43,8 @@ def write_report(folder: Path, *, reveal: bool = False, judge: str | None = None
         facts = summarise(store, found)
         html = _render(store, found, facts, reveal=reveal, judge=judge)
     report = Report(folder / "report.html", folder / "summary.json", facts["findings"])
-    report.html.write_text(html, encoding="utf-8")
-    report.summary.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_private(report.html, html)
+    write_private(report.summary, json.dumps(facts, indent=1, allow_nan=False) + "\n")
     return report
 
 
