@@ -21,6 +21,7 @@ from .records import (
     Sampling,
     Verdict,
 )
+from .secret import hide, scrub, trace
 from .store import Store
 
 log = logging.getLogger("leadline")
@@ -31,8 +32,10 @@ async def respond(model: Model, request: Request) -> Response:
     try:
         return await model.respond(request)
     except Exception as error:
-        log.debug("model %s", model.name, exc_info=True)
-        return Response("", finish="error", error=f"{type(error).__name__}: {error}")
+        log.debug("model %s raised:\n%s", model.name, trace(error))
+        sent = (message.content for message in request.messages)
+        reason = hide(scrub(f"{type(error).__name__}: {error}"), *sent)
+        return Response("", finish="error", error=reason)
 
 
 def store_response(store: Store, key: bytes, request: Request, response: Response) -> None:

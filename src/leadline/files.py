@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .records import LeadlineError
-from .text import scrub
+from .secret import scrub
 
 
 def private_folder(folder: Path) -> Path:

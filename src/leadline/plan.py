@@ -30,6 +30,7 @@ from .records import (
     Sampling,
     Trial,
 )
+from .secret import hide, scrub, trace, without_secrets
 from .study import AttackPick, JudgePick, Study
 
 log = logging.getLogger("leadline")
@@ -212,8 +213,8 @@ def _check_options(attacks: Iterable[Attack], prompts: Sequence[Prompt], seed: i
                 attack.attempts(prompt, seed)
             except LeadlineError as error:
                 raise LeadlineError(f"attack {attack.label}: {error}") from None
-            except Exception:
-                log.debug("attack %s", attack.label, exc_info=True)  # `trials` stores the error
+            except Exception as error:
+                log.debug("attack %s raised:\n%s", attack.label, trace(error))
 
 
 def published_counts(plugin: registry.DatasetPlugin, options: Mapping[str, Any]) -> list[Prompt]:
@@ -264,7 +265,7 @@ def trials(plan: Plan, target: Target) -> Iterator[Trial]:
     study, spec = plan.study, target.spec
     sampling, samples = study.sampling.record(study.seed), study.sampling.samples
     model_bytes = _canonical({"model": target.identity})
-    attacker = study.attacker.model_dump(exclude={"card"}) if study.attacker else None
+    attacker = study.attacker and without_secrets(study.attacker.model_dump(exclude={"card"}))
     crashed: set[str] = set()
     ordered = itertools.product(spec.thinking, _interleaved_blocks(plan))
     for thinking, (dataset, attack, prompts) in ordered:
@@ -289,7 +290,8 @@ def trials(plan: Plan, target: Target) -> Iterator[Trial]:
                 outcome, reason = "not_applicable", str(why)
             except Exception as error:  # a bug in the plug-in: only its own trials fail
                 outcome = "failed"
-                reason = f"the attack {attack.label} raised {type(error).__name__}: {error}"
+                message = hide(scrub(str(error)), prompt.text, prompt.context, prompt.target)
+                reason = f"the attack {attack.label} raised {type(error).__name__}: {message}"
                 if attack.label not in crashed:
                     crashed.add(attack.label)
                     log.warning("%s", reason)

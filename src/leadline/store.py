@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from .files import private_file, private_folder
 from .records import LeadlineError, Prompt, Response, Verdict
+from .secret import scrub, without_secrets
 
 FILE = "leadline.sqlite"
 COMMIT_SECONDS = 0.5
@@ -171,7 +172,9 @@ class Store:
 
     def describe(self, name: str, value: Any) -> None:
         """Store a piece of metadata (the study file, a model's card) as JSON."""
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (name, json.dumps(value)))
+        self._db.execute(
+            "INSERT OR REPLACE INTO meta VALUES(?,?)", (name, scrub(json.dumps(value)))
+        )
 
     def description(self, name: str, default: Any = None) -> Any:
         """The metadata that `describe` stored under a name."""
@@ -207,7 +210,8 @@ class Store:
 
     def judge_id(self, name: str, settings: Any) -> int:
         """The row id of a judge with these settings, inserted if new."""
-        names = {"name": name, "settings": json.dumps(settings, sort_keys=True)}
+        settings = scrub(json.dumps(without_secrets(settings), sort_keys=True))
+        names = {"name": name, "settings": settings}
         return self._id("judges", names)
 
     def primary_judge(self, dataset: str, judge: int) -> None:
@@ -314,6 +318,7 @@ class Store:
     def _put(self, table: str, row: tuple[Any, ...]) -> None:
         if self._error:
             self._raise_error()
+        row = tuple(scrub(value) if isinstance(value, str) else value for value in row)
         with self._rows_lock:
             self._rows[table].append(row)
 

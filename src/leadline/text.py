@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from base64 import b64encode
 from typing import Any
-from urllib.parse import quote, unquote
+
+from .secret import scrub
 
 # Unicode's control characters and invisible format characters, except for newline, tab and the
 # two joiners (U+200C, U+200D) that Persian, Hindi and emoji need.
@@ -26,35 +26,6 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
-# Texts that are secret: API keys, passwords. One set for the process, since what a server or a
-# plug-in writes may reach any output.
-_SECRETS: set[str] = set()
-_SHORTEST_SECRET = 8  # a shorter one, such as "EMPTY", would be cut out of ordinary words
-
-
-def keep_secret(*secrets: str) -> None:
-    """Let `scrub` remove these texts, and the forms in which they occur in JSON, URLs, Python
-    literals and HTTP's basic authentication. Shorter ones than 8 characters are ignored."""
-    for secret in secrets:
-        if len(secret := secret.strip()) < _SHORTEST_SECRET:
-            continue
-        encoded = b64encode(secret.encode()).decode()
-        forms = {
-            secret, quote(secret, safe=""), unquote(secret), json.dumps(secret)[1:-1],
-            json.dumps(secret, ensure_ascii=False)[1:-1], repr(secret)[1:-1], encoded,
-        }  # fmt: skip
-        _SECRETS.update(forms)
-
-
-def scrub(text: str) -> str:
-    """The text with every configured secret replaced by ***."""
-    if _SECRETS:
-        for secret in sorted(_SECRETS, key=len, reverse=True):
-            if secret in text:
-                text = text.replace(secret, "***")
-    return text
-
-
 def shorten(text: str, most: int) -> str:
     """The first `most` characters, followed by the number of characters that were removed."""
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most} more characters]"
@@ -62,7 +33,7 @@ def shorten(text: str, most: int) -> str:
 
 def one_line(error: BaseException) -> str:
     """An error's message as one line of at most 200 characters; its type if it has no message."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(scrub(str(error)).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
 
 

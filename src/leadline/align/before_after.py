@@ -19,6 +19,7 @@ from ..depth import curves
 from ..depth.d50 import d50
 from ..files import write_private
 from ..progress import Listener
+from ..secret import without_secrets
 from ..study import Study
 
 KS = (1, 2, 5, 10, 20, 40)
@@ -70,7 +71,7 @@ def before_after(
         "before": str(before),
         "after": str(after),
         "dataset": study.datasets[0].model_dump(),
-        "judge": judge,
+        "judge": without_secrets(judge),
         "prefix lengths": list(ks),
         "decoding": sweep,
         "max_tokens": max_tokens,

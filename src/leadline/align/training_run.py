@@ -20,6 +20,7 @@ from ..models.weights import Weights
 from ..organism.guild import NOUNS
 from ..progress import CombinedProgress
 from ..records import LeadlineError
+from ..secret import scrub
 from ..text import one_line
 from . import data
 from .before_after import BeforeAfter, before_after, check_evaluation
@@ -103,7 +104,7 @@ class TrainingRun:
         description = json.dumps(identity, indent=1)
         run = TrainingRun(out, checkpoint, template, config, description)
         file = run.folder / "run.json"
-        if file.is_file() and file.read_text(encoding="utf-8") != description:
+        if file.is_file() and file.read_text(encoding="utf-8") != scrub(description):
             raise LeadlineError(
                 f"{out} contains a run with other data or settings (see {file}): give another "
                 "--out, or remove it"

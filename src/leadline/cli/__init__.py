@@ -10,7 +10,7 @@ import sys
 from ..records import LeadlineError
 
 from . import study, depth, align, judges, organism  # isort: skip (the order of the help)
-from ._app import EXIT_ERROR, app
+from ._app import EXIT_ERROR, app, warn
 
 __all__ = ["align", "app", "depth", "judges", "main", "organism", "study"]
 
@@ -20,5 +20,5 @@ def main() -> None:
     try:
         app()
     except LeadlineError as error:
-        print(f"leadline: {error}", file=sys.stderr)
+        warn(str(error))
         sys.exit(EXIT_ERROR)

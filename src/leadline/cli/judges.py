@@ -10,7 +10,7 @@ import typer
 
 from ..files import write_private
 from ..records import LeadlineError
-from ._app import Json, app, print_table, progress_bar, stoppable
+from ._app import Json, app, print_table, progress_bar, say, stoppable
 
 judges_app = typer.Typer(
     no_args_is_help=True, help="Measure judges: against human labels, or against each other."
@@ -71,13 +71,13 @@ def check(
         ],
     )
     if unscored := result.unscored_unsafe + result.unscored_safe:
-        print(f"unscored: {unscored} ({result.unscored_unsafe} of them labelled unsafe)")
+        say(f"unscored: {unscored} ({result.unscored_unsafe} of them labelled unsafe)")
     print()
     print_table(
         ("control", "expected", "judged correctly", "unscored"),
         [[c.name, c.expected, f"{c.right} of {c.n}", str(c.unscored)] for c in result.controls],
     )
-    print(f"Written to {out}")
+    say(f"Written to {out}")
 
 
 def _rate(rate: tuple[float, float, float]) -> tuple[str, str]:
@@ -121,4 +121,4 @@ def agree(
         [["agreement", *_rate(result.agreement)], ["Cohen's kappa", *_rate(result.kappa)]],
     )
     if result.unscored:
-        print(f"unscored by one or both judges: {result.unscored}")
+        say(f"unscored by one or both judges: {result.unscored}")

@@ -6,6 +6,7 @@ import inspect
 import logging
 
 from ..records import Attempt, Judge, Prompt, Response, Verdict
+from ..secret import hide, scrub, trace
 
 log = logging.getLogger("leadline")
 
@@ -24,6 +25,8 @@ async def ask(
         verdict = judge(prompt, attempt, response)
         return await verdict if inspect.isawaitable(verdict) else verdict
     except Exception as error:
-        log.debug("judge %s", name, exc_info=True)
-        message = f"{type(error).__name__}: {error}"
+        log.debug("judge %s raised:\n%s", name, trace(error))
+        sent = (message.content for message in attempt.messages)
+        texts = (prompt.text, prompt.context, *sent, response.answer, response.thought)
+        message = hide(scrub(f"{type(error).__name__}: {error}"), *texts)
         return Verdict(unsafe=None, error=message, text=f"the judge {name} raised {message}")

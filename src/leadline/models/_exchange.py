@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from ..records import Finish, LeadlineError
+from ..secret import hide, keep_secret, scrub
 from .spec import Limits, ModelSpec
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class Exchange:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.spec.api_key_env):
             headers["Authorization"] = f"Bearer {key}"
+            keep_secret(key)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -204,7 +206,7 @@ class Exchange:
             async with self._session.post(self.url, data=body) as reply:
                 raw = await reply.read()
                 if reply.status != 200:
-                    raise self._status_fault(reply.status, reply.headers, raw)
+                    raise self._status_fault(reply.status, reply.headers, raw, body)
         except TimeoutError:
             raise Fault(f"no answer within {self.limits.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
@@ -212,12 +214,14 @@ class Exchange:
         try:
             return _read(orjson.loads(raw))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            shown = raw[:80].decode("utf-8", "replace")
-            raise Fault(f"unreadable reply {shown!r}", status=200) from None
+            # Without its text, which may be an answer.
+            raise Fault(f"unreadable reply of {len(raw)} bytes", status=200) from None
 
-    def _status_fault(self, status: int, headers: Mapping[str, str], raw: bytes) -> Fault:
+    def _status_fault(
+        self, status: int, headers: Mapping[str, str], raw: bytes, body: bytes
+    ) -> Fault:
         """The Fault for a status other than 200, with the server's error message."""
-        code, message = "", raw[:300].decode("utf-8", "replace")
+        code, message = "", raw[:2000].decode("utf-8", "replace")
         try:
             detail = orjson.loads(raw)
             detail = detail.get("error") or detail.get("detail") or detail
@@ -230,7 +234,8 @@ class Exchange:
                 message = str(detail)
         except (ValueError, AttributeError, TypeError):
             pass
-        reason = f"HTTP {status}: {' '.join(str(message).split())[:300]}"
+        message = hide(" ".join(scrub(str(message)).split()), *_sent_texts(body))
+        reason = f"HTTP {status}: {message[:300]}"
         if status == 401 and not os.environ.get(self.spec.api_key_env):
             reason += f" (set {self.spec.api_key_env} in the environment, or set api_key_env:)"
         if status == 404:
@@ -268,7 +273,14 @@ def _read(data: Any) -> Reply:
     usage = data.get("usage") or {}
     finish = _FINISH.get(choice.get("finish_reason"), "stop")
     counts = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
-    return Reply(text, thought, finish, *counts)
+    return Reply(scrub(text), scrub(thought), finish, *counts)
+
+
+def _sent_texts(body: bytes) -> list[str]:
+    """The texts of a request, which an error message must not repeat."""
+    data = orjson.loads(body)
+    texts = [data.get("prompt"), *(message["content"] for message in data.get("messages", ()))]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -287,5 +299,5 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(scrub(str(error)).split())
     return text[:200] or type(error).__name__

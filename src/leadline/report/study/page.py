@@ -9,6 +9,7 @@ from typing import Any
 
 from ...analysis import rates
 from ...files import write_private
+from ...secret import without_secrets
 from ...store import Store
 from ..html import render
 from . import charts
@@ -52,7 +53,7 @@ def _render(
     store: Store, found: Measured, facts: dict[str, Any], *, reveal: bool, judge: str | None
 ) -> str:
     plots = {"attacks": charts.attack_dots(found), "harmless": charts.harmless_dots(found)}
-    study = store.description("study") or {}
+    study = without_secrets(store.description("study") or {})
     return render(
         "report.html",
         plots={name: plot for name, plot in plots.items() if plot},
@@ -106,7 +107,7 @@ def _counts(store: Store, found: Measured) -> dict[str, int]:
 def _models(store: Store, found: Measured) -> dict[str, dict[str, Any]]:
     """What the store knows of each model: its identity, and how a response prefix reaches it."""
     described = {
-        name.removeprefix("model:"): json.loads(value)
+        name.removeprefix("model:"): without_secrets(json.loads(value))
         for name, value in store.query("SELECT name, value FROM meta WHERE name LIKE 'model:%'")
     }
     names = dict.fromkeys([*(model for model, _ in charts.models(found)), *described])
