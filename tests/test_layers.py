@@ -19,7 +19,7 @@ PACKAGES = {"attacks", "datasets", "judges", "models"}
 LAYERS = (
     *("cli", "align", "depth", "report", "judging", "engine", "analysis", "assist", "plan"),
     *("catalogue", "study", "store", "plugins", "families", "organism", "registry", "progress"),
-    *("text", "records", "version"),
+    *("files", "text", "secret", "records", "version"),
 )
 
 

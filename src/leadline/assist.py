@@ -23,8 +23,8 @@ from .records import (
     Sampling,
     Verdict,
 )
+from .secret import hide, scrub, trace
 from .store import Store
-from .text import visible
 
 log = logging.getLogger("leadline")
 
@@ -34,8 +34,10 @@ async def respond(model: Model, request: Request) -> Response:
     try:
         return _checked(await model.respond(request))
     except Exception as error:
-        log.debug("model %s", model.name, exc_info=True)
-        return Response("", finish="error", error=visible(f"{type(error).__name__}: {error}"))
+        log.debug("model %s raised:\n%s", model.name, trace(error))
+        sent = (message.content for message in request.messages)
+        reason = hide(scrub(f"{type(error).__name__}: {error}"), *sent)
+        return Response("", finish="error", error=reason)
 
 
 def _checked(response: Response) -> Response:

@@ -41,6 +41,7 @@ from .records import (
     Trial,
     Verdict,
 )
+from .secret import hide, scrub
 from .store import Place, Store, StoredTrial
 from .study import JudgePick, Study
 from .text import one_line, visible
@@ -166,6 +167,7 @@ class _Run:
 
     def note(self, text: str) -> None:
         """Log a warning and add it to the progress notes."""
+        text = scrub(text)
         log.warning("%s", text)
         self.progress.notes.append(text)
 
@@ -175,7 +177,7 @@ async def _run_study(run: _Run, targets: list[tuple[ModelSpec, Model]]) -> None:
     this machine's memory."""
     store, study = run.store, run.plan.study
     store.describe("leadline", __version__)
-    store.describe("study", study.model_dump(mode="json"))
+    store.describe("study", study.description)
     families = {label: attack.plugin.family for label, attack in run.attacks.items()}
     store.describe("families", families)
     store.describe("started", store.description("started") or _now())
@@ -426,7 +428,9 @@ async def _make_assisted_attempt(run: _Run, target: CachedModel, open_trial: _Op
         reason = f"{trial.attack}: {why}"
     except Exception as error:
         raised = "" if isinstance(error, LeadlineError) else f" raised {type(error).__name__}"
-        reason = f"the attack {trial.attack}{raised}: {error}"
+        prompt = trial.prompt
+        message = hide(scrub(str(error)), prompt.text, prompt.context, prompt.target)
+        reason = f"the attack {trial.attack}{raised}: {message}"
         if trial.attack not in run.crashed:
             run.crashed.add(trial.attack)
             run.note(reason)

@@ -32,6 +32,7 @@ from .records import (
     Sampling,
     Trial,
 )
+from .secret import hide, scrub, trace, without_secrets
 from .study import AttackPick, JudgePick, Study
 from .text import one_line
 
@@ -271,7 +272,7 @@ def _check_options(attacks: Iterable[Attack], prompts: Sequence[Prompt], seed: i
             except NotApplicable:
                 pass
             except Exception as error:
-                log.debug("attack %s", attack.label, exc_info=True)  # `trials` stores the error
+                log.debug("attack %s raised:\n%s", attack.label, trace(error))
                 if attack.options and registry.is_own(attack.plugin):
                     raise LeadlineError(
                         f"attack {attack.label}: {one_line(error)}: check its options"
@@ -286,7 +287,7 @@ def published_counts(plugin: registry.DatasetPlugin, options: Mapping[str, Any])
     then the file itself is at fault and the error must be reported."""
     path, rows = options.get("path"), plugin.rows or 0
     try:
-        exists = bool(path) and Path(path).expanduser().exists()
+        exists = bool(path) and Path(str(path)).expanduser().exists()
     except (OSError, TypeError, RuntimeError):  # not a path at all
         exists = True
     if "hub" not in plugin.options or exists:
@@ -330,7 +331,7 @@ def trials(plan: Plan, target: Target) -> Iterator[Trial]:
     study, spec = plan.study, target.spec
     sampling, samples = study.sampling.record(study.seed), study.sampling.samples
     model_bytes = _canonical({"model": target.identity})
-    attacker = study.attacker.model_dump(exclude={"card"}) if study.attacker else None
+    attacker = study.attacker and without_secrets(study.attacker.model_dump(exclude={"card"}))
     crashed: set[str] = set()
     ordered = itertools.product(spec.thinking, _interleaved_blocks(plan))
     for thinking, (dataset, attack, prompts) in ordered:
@@ -355,7 +356,8 @@ def trials(plan: Plan, target: Target) -> Iterator[Trial]:
                 outcome, reason = "not_applicable", str(why)
             except Exception as error:  # a bug in the plug-in: only its own trials fail
                 outcome = "failed"
-                reason = f"the attack {attack.label} raised {type(error).__name__}: {error}"
+                message = hide(scrub(str(error)), prompt.text, prompt.context, prompt.target)
+                reason = f"the attack {attack.label} raised {type(error).__name__}: {message}"
                 if attack.label not in crashed:
                     crashed.add(attack.label)
                     log.warning("%s", reason)

@@ -19,7 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from .files import private_file, private_folder
 from .records import LeadlineError, Prompt, Response, Verdict
+from .secret import scrub, without_secrets
 from .text import one_line, shorten
 
 FILE = "leadline.sqlite"
@@ -156,8 +158,9 @@ class Store:
         self._error: BaseException | None = None
         if write:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (held until close)
+                private_folder(self.folder)
+                lock = private_file(self.folder / ".lock")
+                self._lock = open(lock, "w")  # noqa: SIM115 (held until close)
             except OSError as error:
                 raise LeadlineError(
                     f"cannot write to {shorten(str(self.folder), 100)} ({error.strerror}): use "
@@ -177,10 +180,20 @@ class Store:
                 "output folder of `leadline run`"
             )
         try:
+            if write:  # SQLite gives its -wal and -shm files the mode of this one
+                private_file(self.path)
+                for suffix in ("-wal", "-shm"):
+                    if (part := self.path.with_name(FILE + suffix)).exists():
+                        private_file(part)
             self._db = self._connect(write)
-        except BaseException:
+        except BaseException as error:
             if write:
                 self._lock.close()
+            if isinstance(error, OSError):
+                raise LeadlineError(
+                    f"cannot write to {shorten(str(self.folder), 100)} ({error.strerror}): use "
+                    "another --out"
+                ) from None
             raise
         if write:
             self._wake = threading.Event()
@@ -190,7 +203,7 @@ class Store:
 
     def _connect(self, write: bool) -> sqlite3.Connection:
         try:
-            mode = "rwc" if write else "ro"
+            mode = "rw" if write else "ro"
             uri = self.path.resolve().as_uri()
             db = sqlite3.connect(
                 f"{uri}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False,
@@ -215,7 +228,9 @@ class Store:
 
     def describe(self, name: str, value: Any) -> None:
         """Store a piece of metadata (the study file, a model's card) as JSON."""
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (name, json.dumps(value)))
+        self._db.execute(
+            "INSERT OR REPLACE INTO meta VALUES(?,?)", (name, scrub(json.dumps(value)))
+        )
 
     def description(self, name: str, default: Any = None) -> Any:
         """The metadata that `describe` stored under a name."""
@@ -257,7 +272,8 @@ class Store:
 
     def judge_id(self, name: str, settings: Any) -> int:
         """The row id of a judge with these settings, inserted if new."""
-        names = {"name": name, "settings": json.dumps(settings, sort_keys=True)}
+        settings = scrub(json.dumps(without_secrets(settings), sort_keys=True))
+        names = {"name": name, "settings": settings}
         return self._id("judges", names)
 
     def primary_judge(self, dataset: str, judge: int) -> None:
@@ -369,6 +385,7 @@ class Store:
     def _put(self, table: str, row: tuple[Any, ...]) -> None:
         if self._error:
             self._raise_error()
+        row = tuple(scrub(value) if isinstance(value, str) else value for value in row)
         with self._rows_lock:
             self._rows[table].append(row)
 

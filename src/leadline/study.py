@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 from . import records, registry
 from .models.spec import Limits, ModelSpec, Strict, wrong
 from .records import Judge, LeadlineError, Model
+from .secret import without_secrets
 from .text import one_line, shorten
 
 _DEEPEST = 50  # nesting of a study file
@@ -78,6 +79,8 @@ class Pick(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_file(cls, value: Any) -> Any:
+        if cls.kind == "judge":
+            without_secrets(value)  # an error message may show a value
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict) and len(value) == 1 and "name" not in value:
@@ -356,6 +359,12 @@ class Study(Strict):
                 )
             seen.add(target.label)
         return self
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The study as JSON values, without the secrets of its models."""
+        data = self.model_dump(mode="json")
+        return data | {k: without_secrets(data[k]) for k in ("targets", "judges", "attacker")}
 
     def locate(self, path: str) -> Path:
         """Resolve a path of the study file: relative to the file's folder if it exists there,

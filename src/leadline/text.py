@@ -11,6 +11,8 @@ import math
 import re
 from typing import Any
 
+from .secret import scrub
+
 # Unicode's control characters and invisible format characters, except for newline, tab and the
 # two joiners (U+200C, U+200D) that Persian, Hindi and emoji need.
 _HIDDEN = re.compile(
@@ -31,7 +33,7 @@ def shorten(text: str, most: int) -> str:
 
 def one_line(error: BaseException) -> str:
     """An error's message as one line of at most 200 characters; its type if it has no message."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(scrub(str(error)).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
 
 

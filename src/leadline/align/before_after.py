@@ -17,7 +17,9 @@ from .. import engine, plan
 from ..analysis.results import Results
 from ..depth import curves
 from ..depth.d50 import d50
+from ..files import write_private
 from ..progress import Listener
+from ..secret import without_secrets
 from ..study import Study
 
 KS = (1, 2, 5, 10, 20, 40)
@@ -69,16 +71,15 @@ def before_after(
         "before": str(before),
         "after": str(after),
         "dataset": study.datasets[0].model_dump(),
-        "judge": judge,
+        "judge": without_secrets(judge),
         "prefix lengths": list(ks),
         "decoding": sweep,
         "max_tokens": max_tokens,
         "level": 0.95,
     }
     table = BeforeAfter(rows, settings)
-    (out / "before_after.json").write_text(
-        json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n"
+    write_private(out / "before_after.json", text)
     return table
 
 

@@ -27,6 +27,7 @@ from transformers.trainer_callback import CallbackHandler
 from .. import engine, plan
 from ..analysis import pooling, rates
 from ..analysis.sums import Measure, sums
+from ..files import write_private
 from ..models.huggingface import HuggingFaceModel
 from ..models.spec import ModelSpec
 from ..organism import guild
@@ -375,6 +376,4 @@ def _read_measurements(folder: Path) -> list[Measurement]:
 
 
 def _write_measurements(folder: Path, measurements: list[Measurement]) -> None:
-    fresh = folder / "training.json.new"
-    fresh.write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(folder / "training.json")
+    write_private(folder / "training.json", json.dumps(measurements, indent=1) + "\n")

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from .. import engine
+from ..files import write_private
 from ..models.spec import ModelSpec
 from ..progress import Listener
 from ..records import LeadlineError, Model
@@ -168,9 +169,8 @@ def _write_prompts(path: Path, rows: Iterable[TrainingRow]) -> Path:
             )
         line = {"id": _id(row), "prompt": row.prompt[0].content}
         lines[_id(row)] = line | {"harmful": isinstance(row, Triplet)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())
-    path.write_text(text, encoding="utf-8")
+    write_private(path, text)
     return path
 
 

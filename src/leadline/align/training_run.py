@@ -13,12 +13,14 @@ from pathlib import Path
 from shutil import copy, rmtree
 from typing import Any
 
+from ..files import private_folder, write_private
 from ..models.checkpoint import Checkpoint, adapter_base
 from ..models.template import Template, load_tokenizer, quiet
 from ..models.weights import Weights
 from ..organism.guild import NOUNS
 from ..progress import CombinedProgress
 from ..records import LeadlineError
+from ..secret import scrub
 from ..text import one_line
 from . import data
 from .before_after import BeforeAfter, before_after, check_evaluation
@@ -102,7 +104,7 @@ class TrainingRun:
         description = json.dumps(identity, indent=1)
         run = TrainingRun(out, checkpoint, template, config, description)
         file = run.folder / "run.json"
-        if file.is_file() and file.read_text(encoding="utf-8") != description:
+        if file.is_file() and file.read_text(encoding="utf-8") != scrub(description):
             raise LeadlineError(
                 f"{out} contains a run with other data or settings (see {file}): give another "
                 "--out, or remove it"
@@ -110,7 +112,8 @@ class TrainingRun:
         if not file.is_file() and (out / "config.json").exists():
             raise LeadlineError(f"{out} already contains a model: give another --out")
         try:
-            run.folder.mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)  # a model folder has the usual mode
+            private_folder(run.folder)
         except OSError as error:
             raise LeadlineError(f"{out}: {error.strerror}: give another --out") from error
         return run
@@ -166,7 +169,7 @@ class TrainingRun:
         """Copy the safety callback's measurements to where the depth report looks for them."""
         curves = checkpoints / "safety" / "training.json"
         if curves.is_file():
-            (self.out / "safety").mkdir(exist_ok=True)
+            private_folder(self.out / "safety")
             copy(curves, self.out / "safety")
 
     def evaluate(
@@ -264,7 +267,7 @@ def _progress_callback(run: TrainingRun, progress: CombinedProgress) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             if state.is_world_process_zero:
-                (run.folder / "run.json").write_text(run.description, encoding="utf-8")
+                write_private(run.folder / "run.json", run.description)
             progress.update("training", state.global_step, state.max_steps)
 
     return ProgressCallback()

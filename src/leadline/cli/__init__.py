@@ -13,7 +13,7 @@ from ..records import LeadlineError
 from ..text import one_line
 
 from . import study, depth, align, judges, organism  # isort: skip (the order of the help)
-from ._app import EXIT_ERROR, app
+from ._app import EXIT_ERROR, app, warn
 
 __all__ = ["align", "app", "depth", "judges", "main", "organism", "study"]
 
@@ -26,7 +26,7 @@ def main() -> None:
     try:
         app()
     except LeadlineError as error:
-        print(f"leadline: {error}", file=sys.stderr)
+        warn(str(error))
     except sqlite3.Error as error:
         _explain(f"the store cannot be read or written: {one_line(error)}: check the disk's space")
     except OSError as error:
@@ -47,4 +47,4 @@ def _explain(text: str) -> None:
     """Print one line about the exception that is being handled, after its traceback if `--verbose`
     is given."""
     logging.getLogger("leadline").debug("traceback", exc_info=True)
-    print(f"leadline: {text}", file=sys.stderr)
+    warn(text)

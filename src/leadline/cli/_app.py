@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..secret import scrub
+from ..text import visible
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -40,6 +42,31 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+class _Formatter(logging.Formatter):
+    """Formats log messages without secrets and terminal escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, and the traceback if there is one."""
+        return visible(scrub(super().format(record)))
+
+
+def shown(value: object) -> str:
+    """A value as one line of text for the terminal: names, errors and replies may hold terminal
+    escapes, line breaks and secrets."""
+    text = visible(scrub(str(value)))
+    return text.replace("\n", "⟨U+000A⟩").replace("\t", "⟨U+0009⟩")
+
+
+def say(text: object) -> None:
+    """Print one line to stdout."""
+    print(shown(text))
+
+
+def warn(text: object) -> None:
+    """Print one line to stderr, after the program's name."""
+    print(f"leadline: {shown(text)}", file=sys.stderr)
+
+
 @app.callback()
 def _common(
     version: Annotated[
@@ -48,7 +75,7 @@ def _common(
     verbose: Annotated[bool, typer.Option("--verbose", help="Print debug messages.")] = False,
 ) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("leadline: %(message)s"))
+    handler.setFormatter(_Formatter("leadline: %(message)s"))
     log = logging.getLogger("leadline")
     log.handlers = [handler]
     log.setLevel(logging.DEBUG if verbose else logging.WARNING)
@@ -84,12 +111,14 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
             bars.start()
         for name, total in progress.total.items():
             if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total, failures="")
+                tasks[name] = bars.add_task(shown(name), total=total, failures="")
             failures = f"{progress.failed} failed" if progress.failed else ""
             done = progress.done.get(name, 0)
             bars.update(tasks[name], total=total, completed=done, failures=failures)
 
-    log.handlers = [RichHandler(console=console, show_time=False, show_path=False)]
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    handler.setFormatter(_Formatter("%(message)s"))
+    log.handlers = [handler]
     try:
         yield listen
     finally:
@@ -106,9 +135,9 @@ def print_table(headers: tuple[str, ...], rows: list[list[str]]) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, header in enumerate(headers):
-        table.add_column(header, overflow="fold", no_wrap=i == 0)
+        table.add_column(Text(shown(header)), overflow="fold", no_wrap=i == 0)
     for row in rows:
-        table.add_row(*map(Text, row))  # names may look like Rich's markup
+        table.add_row(*(Text(shown(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:  # unbroken lines for grep
         console.width = 200
@@ -127,7 +156,7 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("leadline: interrupted; run the same command again to resume", file=sys.stderr)
+        warn("interrupted; run the same command again to resume")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         if on_main_thread:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..records import LeadlineError
-from ._app import Json, app, print_table, progress_bar, stoppable
+from ._app import Json, app, print_table, progress_bar, say, stoppable
 
 if TYPE_CHECKING:
     from ..align.repair import EvaluationConfig, RepairResult, TrainingConfig
@@ -321,7 +321,7 @@ def _print_result(result: RepairResult, as_json: bool) -> None:
         print(json.dumps({**summary, **table}, indent=2, allow_nan=False))
         return
     for note in result.notes:
-        print(f"- {note}")
+        say(f"- {note}")
     if result.table:
         print_table(
             ("", "before", "95% interval", "after", "95% interval", "n"),
@@ -332,7 +332,7 @@ def _print_result(result: RepairResult, as_json: bool) -> None:
                 for row in result.table.rows
             ],
         )  # fmt: skip
-    print(f"Model saved to {result.folder}")
+    say(f"Model saved to {result.folder}")
 
 
 def _value_and_interval(measured: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ._app import Json, app, progress_bar, stoppable
+from ._app import Json, app, progress_bar, say, stoppable
 
 
 @app.command()
@@ -79,8 +79,8 @@ def depth(
         print(report.json.read_text(encoding="utf-8"))
         return
     for finding in report.findings:
-        print(f"- {finding}")
-    print(f"Open {report.html}")
+        say(f"- {finding}")
+    say(f"Open {report.html}")
 
 
 def _names(text: str) -> list[str]:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from ..files import write_private
 from ..records import LeadlineError
-from ._app import Json, app, print_table, progress_bar, stoppable
+from ._app import Json, app, print_table, progress_bar, say, stoppable
 
 judges_app = typer.Typer(
     no_args_is_help=True, help="Measure judges: against human labels, or against each other."
@@ -56,10 +57,7 @@ def check(
     with stoppable(), progress_bar() as listener:
         result = check_judge(labels, pick, listener)
     text = json.dumps(result.to_json(), indent=2)
-    try:
-        out.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise LeadlineError(f"cannot write {out} ({error.strerror}): give another --out") from None
+    write_private(out, text + "\n")
     if as_json:
         print(text)
         return
@@ -73,13 +71,13 @@ def check(
         ],
     )
     if unscored := result.unscored_unsafe + result.unscored_safe:
-        print(f"unscored: {unscored} ({result.unscored_unsafe} of them labelled unsafe)")
+        say(f"unscored: {unscored} ({result.unscored_unsafe} of them labelled unsafe)")
     print()
     print_table(
         ("control", "expected", "judged correctly", "unscored"),
         [[c.name, c.expected, f"{c.right} of {c.n}", str(c.unscored)] for c in result.controls],
     )
-    print(f"Written to {out}")
+    say(f"Written to {out}")
 
 
 def _rate(rate: tuple[float, float, float]) -> tuple[str, str]:
@@ -123,4 +121,4 @@ def agree(
         [["agreement", *_rate(result.agreement)], ["Cohen's kappa", *_rate(result.kappa)]],
     )
     if result.unscored:
-        print(f"unscored by one or both judges: {result.unscored}")
+        say(f"unscored by one or both judges: {result.unscored}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ._app import app
+from ._app import app, say
 
 organism_app = typer.Typer(
     no_args_is_help=True, help="Tiny models of an invented world: training them, and their data."
@@ -26,7 +26,7 @@ def organism_data(
     from ..organism.files import guild_files
 
     for file in guild_files(out).values():
-        print(file)
+        say(file)
 
 
 @organism_app.command()
@@ -56,4 +56,4 @@ def train(
 
         folders = train_organisms(out, seed=seed, progress=listen)
     for name, folder in folders.items():
-        print(f"{name}: {folder}")
+        say(f"{name}: {folder}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..records import LeadlineError
-from ._app import EXIT_FAILED, Json, Reveal, app, print_table, progress_bar, stoppable
+from ._app import EXIT_FAILED, Json, Reveal, app, print_table, progress_bar, say, stoppable, warn
 from .judges import JudgeOption
 
 if TYPE_CHECKING:
@@ -48,8 +47,8 @@ def demo(
             models, "organism:base", out=out / "depth", budget="quick", listener=listener
         )
     for finding in report.findings[:3]:
-        print(f"- {finding}")
-    print(f"Open {report.html}")
+        say(f"- {finding}")
+    say(f"Open {report.html}")
 
 
 @app.command()
@@ -102,20 +101,16 @@ def _run(
         print((folder / "summary.json").read_text(encoding="utf-8"))
     else:
         for finding in report.findings[:3]:
-            print(f"- {finding}")
-        print(f"Open {report.html}")
+            say(f"- {finding}")
+        say(f"Open {report.html}")
     failed, unscored = results.failed(), results.progress.unscored if results.progress else 0
     if unscored:
-        print(
-            f"leadline: {unscored} trials are unscored, and not counted as safe: run the same "
-            "command again to judge only these",
-            file=sys.stderr,
+        warn(
+            f"{unscored} trials are unscored, and not counted as safe: run the same command again "
+            "to judge only these"
         )
     if failed:
-        print(
-            f"leadline: {failed} trials failed: run the same command again to retry only these",
-            file=sys.stderr,
-        )
+        warn(f"{failed} trials failed: run the same command again to retry only these")
     if failed or unscored:
         raise typer.Exit(EXIT_FAILED)
 
@@ -177,8 +172,8 @@ def report(
         print((folder / "summary.json").read_text(encoding="utf-8"))
         return
     for finding in report.findings:
-        print(f"- {finding}")
-    print(f"Open {report.html}")
+        say(f"- {finding}")
+    say(f"Open {report.html}")
 
 
 @app.command()
@@ -208,11 +203,11 @@ def judge(
     if as_json:
         print(results(folder).cells(pick.label).to_json(orient="records", indent=2))
     else:
-        print(f"{pick.label} judged {progress.done[pick.label]} answers")
-        print(f"To report them: leadline report {folder} --judge {pick.label}")
+        say(f"{pick.label} judged {progress.done[pick.label]} answers")
+        say(f"To report them: leadline report {folder} --judge {pick.label}")
     if progress.unscored:
         reason = f" (first reason: {progress.notes[0]})" if progress.notes else ""
-        print(f"leadline: {progress.unscored} answers are unscored{reason}", file=sys.stderr)
+        warn(f"{progress.unscored} answers are unscored{reason}")
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -18,6 +18,7 @@ from errno import EACCES
 from pathlib import Path
 from typing import Any
 
+from ..files import private_folder, write_private
 from ..models.checkpoint import Checkpoint
 from ..progress import Listener
 from ..records import LeadlineError
@@ -143,15 +144,14 @@ def _report(session: Session, budget: str) -> DepthReport:
     }
     data = json.loads(json.dumps(data, allow_nan=False))  # the same types as in the file
     data["findings"] = findings(data)
-    session.out.mkdir(parents=True, exist_ok=True)
     file = session.out / "depth.json"
-    file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_private(file, json.dumps(data, indent=1, allow_nan=False) + "\n")
     return DepthReport(data, file, write_depth_report(session.out).html)
 
 
 def _check_writable(out: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        private_folder(out)
         if not os.access(out, os.W_OK):
             raise PermissionError(EACCES, os.strerror(EACCES))
     except OSError as error:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from .. import engine, plan
 from ..analysis.results import Results
+from ..files import write_private
 from ..judges import ask
 from ..models import connect
 from ..models.checkpoint import Checkpoint
@@ -196,8 +197,7 @@ class Session:
         with suppress(OSError, ValueError):  # missing, or truncated by a kill
             return dict(json.loads(file.read_text(encoding="utf-8")))
         result = compute()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result), encoding="utf-8")
+        write_private(file, json.dumps(result))
         return result
 
 

@@ -6,6 +6,7 @@ import inspect
 import logging
 
 from ..records import Attempt, Judge, Prompt, Response, Verdict
+from ..secret import hide, scrub, trace
 
 log = logging.getLogger("leadline")
 
@@ -24,8 +25,10 @@ async def ask(
         verdict = judge(prompt, attempt, response)
         return _checked(await verdict if inspect.isawaitable(verdict) else verdict)
     except (Exception, SystemExit) as error:
-        log.debug("judge %s", name, exc_info=True)
-        message = f"{type(error).__name__}: {error}"
+        log.debug("judge %s raised:\n%s", name, trace(error))
+        sent = (message.content for message in attempt.messages)
+        texts = (prompt.text, prompt.context, *sent, response.answer, response.thought)
+        message = hide(scrub(f"{type(error).__name__}: {error}"), *texts)
         return Verdict(unsafe=None, error=message, text=f"the judge {name} raised {message}")
 
 
@@ -41,8 +44,8 @@ def _checked(verdict: object) -> Verdict:
         value = getattr(verdict, name)
         if not (value is None or (isinstance(value, int | float) and 0 <= value <= 1)):
             raise TypeError(f"{name} is {value!r}, not a number from 0 to 1")
-    categories = verdict.categories
-    if isinstance(categories, str) or not all(isinstance(name, str) for name in categories):
+    categories: object = verdict.categories
+    if not isinstance(categories, tuple) or not all(isinstance(c, str) for c in categories):
         raise TypeError(f"categories are {categories!r}, not a tuple of strings")
     if not isinstance(verdict.text, str):
         raise TypeError(f"text is a {type(verdict.text).__name__}")

@@ -37,6 +37,7 @@ from ..records import (
     ResponsePrefix,
     Verdict,
 )
+from ..secret import hide
 from ..store import Place, Store
 from ..study import JudgePick, Study
 from .standalone import open_judge, run_concurrently
@@ -142,7 +143,12 @@ async def _judge_all(store: Store, pick: JudgePick, progress: Progress, listener
                 progress.done[pick.label] += 1
                 progress.unscored += verdict.unsafe is None
                 if verdict.unsafe is None and not progress.notes:
-                    progress.notes.append(verdict.text)
+                    progress.notes.append(
+                        hide(
+                            verdict.text, stored.prompt.text, stored.response.answer,
+                            stored.response.thought,
+                        )
+                    )  # fmt: skip
                 if time.monotonic() - reported > 0.1:
                     reported = time.monotonic()
                     listener(progress)

@@ -14,7 +14,7 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from ..records import Finish, LeadlineError
+from ..secret import hide, keep_secret, scrub
 from ..text import visible
 from .spec import Limits, ModelSpec
 
@@ -136,6 +137,7 @@ class Exchange:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
         if key := os.environ.get(self.spec.api_key_env, "").strip():  # files end in a newline
             headers["Authorization"] = f"Bearer {key}"
+            keep_secret(key)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -225,9 +227,8 @@ class Exchange:
             # A redirect could lead prompts and answers to another host.
             async with self._session.post(self.url, data=body, allow_redirects=False) as reply:
                 if reply.status != 200:
-                    raise self._status_fault(
-                        reply.status, reply.headers, await _read_error_body(reply)
-                    )
+                    raw = await _read_error_body(reply)
+                    raise self._status_fault(reply.status, reply.headers, raw, body)
                 raw, whole = await _read_body(reply, self.limits.max_reply_bytes)
                 content_type = reply.headers.get("Content-Type", "none")
         except TimeoutError:
@@ -248,9 +249,11 @@ class Exchange:
                 f"{_shown(content_type, 80)})",
                 status=200,
             ) from None
-        return _read(data)
+        return _read(data, _sent_texts(body))
 
-    def _status_fault(self, status: int, headers: Mapping[str, str], raw: bytearray) -> Fault:
+    def _status_fault(
+        self, status: int, headers: Mapping[str, str], raw: bytearray, body: bytes
+    ) -> Fault:
         """The Fault for a status other than 200, with the server's error message."""
         try:
             data = orjson.loads(raw)
@@ -264,7 +267,7 @@ class Exchange:
                 f"the server redirects to {where or 'another address'}, and redirects are not "
                 "followed: set url: to the final address"
             )
-        reason = f"HTTP {status}: {_shown(message)}"
+        reason = f"HTTP {status}: {_shown(hide(scrub(message), *_sent_texts(body)))}"
         if status == 401 and not os.environ.get(self.spec.api_key_env):
             reason += f" (set {self.spec.api_key_env} in the environment, or set api_key_env:)"
         if status == 404:
@@ -326,25 +329,26 @@ async def _read_error_body(reply: aiohttp.ClientResponse) -> bytearray:
         return bytearray()
 
 
-def _read(data: Any) -> Reply:
-    """Parse a chat or completions response. Raises Fault if it has no answer."""
+def _read(data: Any, sent: Sequence[str]) -> Reply:
+    """Parse a chat or completions response. Raises Fault if it has no answer, whose reason repeats
+    none of the texts that were sent."""
     if not isinstance(data, dict):
         raise Fault("the reply is not a JSON object", status=200)
     if error := data.get("error"):
-        raise _error_fault(error)
+        raise _error_fault(error, sent)
     choices = data.get("choices")
     if not isinstance(choices, list) or not choices:
         raise Fault("the reply has no choices", status=200)
     try:
-        return _read_choice(choices[0], data.get("usage"))
+        return _read_choice(choices[0], data.get("usage"), sent)
     except (KeyError, TypeError, AttributeError):
         raise Fault("the reply has no message with text", status=200) from None
 
 
-def _read_choice(choice: dict[str, Any], usage: Any) -> Reply:
+def _read_choice(choice: dict[str, Any], usage: Any, sent: Sequence[str]) -> Reply:
     """Parse a choice. Raises Fault if it has no answer, built-in errors for a wrong structure."""
     if error := choice.get("error"):
-        raise _error_fault(error)
+        raise _error_fault(error, sent)
     finish = choice.get("finish_reason") or ""
     if finish in _TRANSIENT:
         raise Fault(f"the server ended the reply with finish_reason {finish}", status=200)
@@ -370,7 +374,7 @@ def _read_choice(choice: dict[str, Any], usage: Any) -> Reply:
         raise Fault(f"the reply has {reason}", retryable=not finish, status=200)
     counts = usage if isinstance(usage, dict) else {}
     tokens = (_count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens")))
-    return Reply(text, thought, _FINISH[finish], *tokens)
+    return Reply(scrub(text), scrub(thought), _FINISH[finish], *tokens)
 
 
 def _count(value: Any) -> int:
@@ -389,13 +393,20 @@ def _error(detail: Any) -> tuple[str, str]:
     return next(known, ""), str(detail.get("message") or detail)
 
 
-def _error_fault(error: Any) -> Fault:
+def _error_fault(error: Any, sent: Sequence[str]) -> Fault:
     """The Fault for an error object in a reply of status 200. Its `code` may be an HTTP status."""
     code, message = _error(error)
     status = error.get("code") if isinstance(error, dict) else None
     permanent = isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED
-    reason = f"the reply is an error: {_shown(message)}"
+    reason = f"the reply is an error: {_shown(hide(scrub(message), *sent))}"
     return Fault(reason, not (code or permanent), status=200, code=code)
+
+
+def _sent_texts(body: bytes) -> list[str]:
+    """The texts of a request, which an error message must not repeat."""
+    data = orjson.loads(body)
+    texts = [data.get("prompt"), *(message["content"] for message in data.get("messages", ()))]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -414,7 +425,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _short(error: BaseException) -> str:
-    return _shown(error, 200) or type(error).__name__
+    return _shown(scrub(str(error)), 200) or type(error).__name__
 
 
 def _shown(text: object, most: int = 300) -> str:

@@ -26,6 +26,7 @@ from ..records import (
     ResponsePrefix,
     Sampling,
 )
+from ..secret import hide, without_secrets
 from . import reasoning
 from ._exchange import BLOCKED, Exchange, Fault, Reply
 from .spec import Limits, ModelSpec
@@ -75,7 +76,7 @@ class Endpoint:
         identifying = ("model", "revision", "interface", "chat_template", "tokenizer", "prefix",
                        "extra_body")  # fmt: skip
         fields = {field: getattr(self.spec, field) for field in identifying}
-        return {"name": self.name, "reasoning": self._reasoning, **fields}
+        return {"name": self.name, "reasoning": self._reasoning, **without_secrets(fields)}
 
     # -- before the first trial -----------------------------------------------------------------
 
@@ -208,7 +209,9 @@ class Endpoint:
         seconds = time.monotonic() - started
         if isinstance(reply, Fault):
             finish = "blocked" if reply.code in BLOCKED else "error"
-            return Response("", finish=finish, error=reply.reason, seconds=seconds)  # type: ignore[arg-type]
+            sent = (message.content for message in request.messages)
+            reason = hide(reply.reason, *sent, prefix_text)
+            return Response("", finish=finish, error=reason, seconds=seconds)  # type: ignore[arg-type]
         if rendered and self._template:
             thought, answer = self._template.split(rendered, reply.text)
             prefix_text = rendered.prefix

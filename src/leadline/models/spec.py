@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -9,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from .. import organism
 from ..records import LeadlineError
+from ..secret import keep_secret, without_secrets
 from . import cards, reasoning
 
 MODES = ("default", "on", "off", *reasoning.EFFORTS)
@@ -51,6 +53,7 @@ class ModelSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
+        without_secrets(value)  # an error message may show a value
         return {"model": value} if isinstance(value, str) else value
 
     @field_validator("thinking", mode="before")
@@ -103,6 +106,11 @@ class ModelSpec(Strict):
                 organism.path(self.model)
             except LeadlineError as error:
                 raise wrong(str(error), "model") from None
+        return self
+
+    @model_validator(mode="after")
+    def _key(self) -> ModelSpec:
+        keep_secret(os.environ.get(self.api_key_env))
         return self
 
     @property

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import engine
+from ...files import write_private
 from ...models.spec import ModelSpec
 from ...progress import Listener
 from ...records import LeadlineError, Prompt
@@ -67,11 +68,7 @@ class Evaluation:
                 "one with at least two base prompts"
             )
         lines = [json.dumps(_row(prompt)) + "\n" for prompt in self.prompts.test]
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._file.write_text("".join(lines), encoding="utf-8")
-        except OSError as error:
-            raise LeadlineError(f"cannot write {self._file}: {error.strerror}") from None
+        write_private(self._file, "".join(lines))
 
     @property
     def _file(self) -> Path:

@@ -16,13 +16,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...files import write_private
 from ...models.weights import Job
 from ...records import Attempt, Judge, LeadlineError, Prompt, Request, Response, Sampling
 from .config import GCGConfig
@@ -310,10 +310,4 @@ def _identity(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _write(path: Path, text: str) -> None:
     """Write a file atomically: after an interruption, the previous version is intact."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise LeadlineError(f"cannot write {path}: {error.strerror}") from None
+    write_private(path, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...files import write_private
 from ...models import reasoning
 from ...models.template import Template
 from ...registry import Section, measure
@@ -111,8 +112,7 @@ def _measure(session: Session, base: str) -> None:
     tokenizer, first = tokenizer_of(base), session.models[0]
     if not tokenizer.chat_template:
         file = session.parts / "chat_template.jinja"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(tokenizer_of(first).get_chat_template(), encoding="utf-8")
+        write_private(file, tokenizer_of(first).get_chat_template())
         target["chat_template"] = str(file.resolve())
     prefixes = {"prefill": {"text": list(REFUSALS)}}
     results = session.run("refusal_prefix", [target], ["direct", prefixes])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files import write_private
 from ...text import plain
 from ..html import render
 from .findings import NOTHING, by_section, labels, missing
@@ -36,7 +37,7 @@ def write_depth_report(folder: Path) -> DepthPage:
     texts = by_section(depth)
     findings = [text for section in texts.values() for text in section] or [NOTHING]
     page = DepthPage(folder / "depth.html", source, [*findings, *missing(depth)])
-    page.html.write_text(_render(depth, texts), encoding="utf-8")
+    write_private(page.html, _render(depth, texts))
     return page
 
 

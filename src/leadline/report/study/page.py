@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...analysis import rates
+from ...files import write_private
+from ...secret import without_secrets
 from ...store import Store
 from ..html import render
 from . import charts
@@ -42,8 +44,8 @@ def write_report(folder: Path, *, reveal: bool = False, judge: str | None = None
         facts = summarise(store, measured)
         html = _render(store, measured, facts, reveal=reveal, judge=judge)
     report = Report(folder / "report.html", folder / "summary.json", facts["findings"])
-    report.html.write_text(html, encoding="utf-8")
-    report.summary.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_private(report.html, html)
+    write_private(report.summary, json.dumps(facts, indent=1, allow_nan=False) + "\n")
     return report
 
 
@@ -51,7 +53,7 @@ def _render(
     store: Store, measured: Measured, facts: dict[str, Any], *, reveal: bool, judge: str | None
 ) -> str:
     plots = {"attacks": charts.attack_dots(measured), "harmless": charts.harmless_dots(measured)}
-    study = store.description("study") or {}
+    study = without_secrets(store.description("study") or {})
     return render(
         "report.html",
         plots={name: plot for name, plot in plots.items() if plot},
@@ -106,7 +108,7 @@ def _counts(store: Store, measured: Measured) -> dict[str, int]:
 def _models(store: Store, measured: Measured) -> dict[str, dict[str, Any]]:
     """For each model what the study recorded: its identity and how response prefixes are sent."""
     described = {
-        name.removeprefix("model:"): json.loads(value)
+        name.removeprefix("model:"): without_secrets(json.loads(value))
         for name, value in store.query("SELECT name, value FROM meta WHERE name LIKE 'model:%'")
     }
     names = dict.fromkeys([*(model for model, _ in charts.models(measured)), *described])
