@@ -43,7 +43,7 @@ from .records import (
 )
 from .secret import hide, scrub
 from .store import Place, Store, StoredTrial
-from .study import JudgePick, Study
+from .study import UNNAMED, JudgePick, Study
 from .text import one_line, visible
 from .version import __version__
 
@@ -61,14 +61,17 @@ def run(
     models: Mapping[str, Model] | None = None,
     limit: int | None = None,
     listener: Listener | None = None,
+    keep: bool = False,
 ) -> Results:
     """Run a study, or resume it, with the results in the folder `out`. Blocks until it is done.
 
     `study` is a Study or the path of a study file. `models` maps names of targets to models that
     answer for them, e.g. models in memory; the other targets are connected as the study says.
-    `limit` is the maximum number of prompts per dataset. `listener` receives the progress. Returns
-    the results. Raises LeadlineError for an error in the study before any request is sent; later
-    failures are stored in the results.
+    `limit` is the maximum number of prompts per dataset. `listener` receives the progress. The
+    results are those of this study alone: trials of an earlier form of it (other prompts, attacks
+    or targets) are set aside in the store, unless `keep`, which joins several studies. Returns the
+    results. Raises LeadlineError for an error in the study, or a folder of another study, before
+    any request is sent; later failures are stored in the results.
     """
     from .analysis.results import Results
 
@@ -83,10 +86,36 @@ def run(
     for _, model in targets:
         _ = model.identity  # raises for a folder without a model, before any request is sent
     with Store(Path(out), write=True) as store:
+        if not keep:
+            _check_same_study(store, loaded_plan)
         state = _Run(loaded_plan, store, listener or (lambda progress: None))
-        run_to_completion(_run_study(state, targets))
+        run_to_completion(_run_study(state, targets, keep=keep))
         progress = state.progress
     return Results(Path(out), progress)
+
+
+def _check_same_study(store: Store, plan: Plan) -> None:
+    """Raise LeadlineError if the store holds another study: one with another name, or one that
+    shares no target or no dataset with this one."""
+    stored = store.description("study")
+    if not stored or not store.query("SELECT 1 FROM trials LIMIT 1"):
+        return
+    study = plan.study
+    names = (stored["name"], study.name)
+    targets = {target["name"] or target["model"] for target in stored["targets"]}
+    datasets = {dataset for (dataset,) in store.query("SELECT DISTINCT dataset FROM prompts")}
+    if names[0] != names[1] and UNNAMED not in names:
+        difference = f"its name is {names[0]!r}, not {names[1]!r}"
+    elif targets.isdisjoint(target.label for target in study.targets):
+        difference = f"its targets are {', '.join(sorted(targets))}"
+    elif datasets.isdisjoint(plan.prompts):
+        difference = f"its datasets are {', '.join(sorted(datasets))}"
+    else:
+        return
+    raise LeadlineError(
+        f"{store.folder} holds another study ({difference}): to continue that one, run its own "
+        "study file; for this one, give another folder as --out"
+    )
 
 
 def run_to_completion(main: Coroutine[Any, Any, None]) -> None:
@@ -172,17 +201,24 @@ class _Run:
         self.progress.notes.append(text)
 
 
-async def _run_study(run: _Run, targets: list[tuple[ModelSpec, Model]]) -> None:
+async def _run_study(
+    run: _Run, targets: list[tuple[ModelSpec, Model]], *, keep: bool = False
+) -> None:
     """Run all targets: endpoints concurrently, local models one after another, since they share
     this machine's memory."""
     store, study = run.store, run.plan.study
+    earlier = store.description("study") or {}
     store.describe("leadline", __version__)
     store.describe("study", study.description)
     families = {label: attack.plugin.family for label, attack in run.attacks.items()}
     store.describe("families", families)
     store.describe("started", store.description("started") or _now())
     store.describe("finished", None)
-    run.prompts = store.prompt_ids(p for ps in run.plan.prompts.values() for p in ps)
+    cells = None if keep else [store.cell_id(*cell) for cell in plan.cells(run.plan)]
+    run.prompts = store.prompt_ids((p for ps in run.plan.prompts.values() for p in ps), cells)
+    samples = study.sampling.samples
+    if not keep and earlier.get("sampling", {}).get("samples", 1) > samples:
+        store.drop_samples(samples)  # what is needed of them is judged again, without a request
     run.progress.total = plan.count(run.plan)
     run.progress.done = dict.fromkeys(run.progress.total, 0)
     auxiliary = _build_judges(run)
@@ -349,8 +385,11 @@ def _missing(run: _Run, target: Target, unavailable: str) -> Iterator[_Work | _O
     before its first item is yielded, so that no request is sent twice."""
     store, label = run.store, target.spec.label
     trials = plan.trials(run.plan, target)
+    samples: dict[int, int] = {}  # by cell
     while chunk := list(islice(trials, _CHUNK)):
         places = [_place(run, trial) for trial in chunk]
+        for place in places:
+            samples[place.cell] = max(place.sample + 1, samples.get(place.cell, 0))
         stored = store.stored(places)
         answered = store.answered([trial.key for trial in chunk if trial.request])
         work: list[_Work | _OpenTrial] = []
@@ -385,6 +424,9 @@ def _missing(run: _Run, target: Target, unavailable: str) -> Iterator[_Work | _O
         run.report_progress()
         yield None
         yield from work
+    for cell, number in samples.items():  # attempts that the attack no longer makes
+        if store.query("SELECT 1 FROM trials WHERE cell = ? AND sample >= ?", (cell, number)):
+            store.drop_samples(number, cell)
 
 
 def _is_done(run: _Run, trial: Trial, row: StoredTrial) -> bool:

@@ -374,6 +374,13 @@ def trials(plan: Plan, target: Target) -> Iterator[Trial]:
                     yield Trial(*cell, index, attempt, request, _key(model_bytes, request))
 
 
+def cells(plan: Plan) -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield (model, thinking, dataset, attack, pool) of every cell, in the study's order."""
+    for spec in plan.study.targets:
+        for thinking, (dataset, attack, _) in itertools.product(spec.thinking, _blocks(plan)):
+            yield spec.label, thinking, dataset, attack.label, attack.pool
+
+
 def _blocks(plan: Plan) -> Iterator[tuple[str, Attack, list[Prompt]]]:
     """Yield (dataset, attack, the prompts that it applies to) in the study's order."""
     for dataset, prompts in plan.prompts.items():

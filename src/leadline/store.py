@@ -54,6 +54,23 @@ CREATE TABLE IF NOT EXISTS words(
   cell INTEGER, prompt INTEGER, sample INTEGER, judge INTEGER, text TEXT,
   PRIMARY KEY(cell, prompt, sample, judge)) WITHOUT ROWID;
 
+-- what other studies left in this file, set aside by `prompt_ids`
+CREATE TABLE IF NOT EXISTS past_prompts(
+  id INTEGER PRIMARY KEY, dataset TEXT, name TEXT, base TEXT, category TEXT, harmful INTEGER,
+  text TEXT, context TEXT, target TEXT);
+CREATE INDEX IF NOT EXISTS past_prompts_name ON past_prompts(dataset, name);
+CREATE TABLE IF NOT EXISTS past_trials(
+  cell INTEGER, prompt INTEGER, sample INTEGER, key BLOB, outcome TEXT, reason TEXT,
+  recipe BLOB, PRIMARY KEY(cell, prompt, sample)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS past_verdicts(
+  cell INTEGER, prompt INTEGER, sample INTEGER, judge INTEGER,
+  unsafe INTEGER, refusal INTEGER, score REAL, utility REAL,
+  thought_unsafe INTEGER, answer_unsafe INTEGER, categories TEXT,
+  PRIMARY KEY(cell, prompt, sample, judge)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS past_words(
+  cell INTEGER, prompt INTEGER, sample INTEGER, judge INTEGER, text TEXT,
+  PRIMARY KEY(cell, prompt, sample, judge)) WITHOUT ROWID;
+
 -- one row per trial, with names and the verdict of its dataset's primary judge
 CREATE VIEW IF NOT EXISTS outcomes AS
   SELECT c.model, c.thinking, c.dataset, c.attack, c.pool, p.name AS prompt, p.base, p.category,
@@ -64,6 +81,12 @@ CREATE VIEW IF NOT EXISTS outcomes AS
   LEFT JOIN verdicts v ON v.cell = t.cell AND v.prompt = t.prompt AND v.sample = t.sample
                       AND v.judge = pj.judge;
 """
+
+# A prompt p of the store is the same as a wanted one w.
+_SAME_NAME = "w.dataset = p.dataset AND w.name = p.name"
+_SAME_CONTENT = " AND ".join(
+    f"w.{column} IS p.{column}" for column in ("text", "context", "target", "harmful")
+)
 
 # The writes of a transaction, in this order: statement and number of columns.
 _WRITES = {
@@ -243,24 +266,82 @@ class Store:
                 "file, or run the study again with another --out"
             ) from None
 
-    def prompt_ids(self, prompts: Iterable[Prompt]) -> dict[tuple[str, str], int]:
-        """Insert or update prompts; returns the row ids of all prompts by (dataset, id)."""
-        prompts = list(prompts)
-        rows = [
-            (p.dataset, p.id, p.base or p.id, p.category, p.harmful, p.text, p.context, p.target)
+    def prompt_ids(
+        self, prompts: Iterable[Prompt], cells: Sequence[int] | None = None
+    ) -> dict[tuple[str, str], int]:
+        """Insert or update prompts; returns the row ids of all current prompts by (dataset, id).
+
+        A prompt is the same as a stored one only if its text, context and target are the same too;
+        another one takes its place, and the old one is set aside with its trials. `cells` are those
+        of the current study: all other trials and prompts are set aside as well (None: they stay).
+        What was set aside comes back when a study needs it again.
+        """
+        rows = {
+            (p.dataset, p.id): (
+                p.dataset, p.id, p.base or p.id, p.category, p.harmful, p.text, p.context, p.target,
+            )
             for p in prompts
-        ]
-        self._db.execute("BEGIN")
-        self._db.executemany(
-            "INSERT INTO prompts(dataset,name,base,category,harmful,text,context,target) "
-            "VALUES(?,?,?,?,?,?,?,?) ON CONFLICT(dataset,name) DO UPDATE SET base=excluded.base, "
-            "category=excluded.category, harmful=excluded.harmful, text=excluded.text, "
-            "context=excluded.context, target=excluded.target",
-            rows,
-        )
-        self._db.execute("COMMIT")
-        stored = self._db.execute("SELECT dataset, name, id FROM prompts")
+        }  # fmt: skip
+        db = self._db
+        db.execute("CREATE TEMP TABLE IF NOT EXISTS wanted AS SELECT * FROM prompts WHERE 0")
+        db.execute("CREATE UNIQUE INDEX IF NOT EXISTS temp.wanted_name ON wanted(dataset, name)")
+        db.execute("CREATE TEMP TABLE IF NOT EXISTS kept(id INTEGER PRIMARY KEY)")
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany(f"INSERT INTO wanted VALUES(NULL{',?' * 8})", rows.values())
+        kept = self.query("SELECT id FROM cells") if cells is None else [(id,) for id in cells]
+        db.executemany("INSERT INTO kept VALUES(?)", kept)
+        self._exchange_prompts(everything=cells is not None)
+        self._exchange_trials()
+        db.execute("DELETE FROM wanted")
+        db.execute("DELETE FROM kept")
+        db.execute("COMMIT")
+        stored = db.execute("SELECT dataset, name, id FROM prompts")
         return {(dataset, name): id for dataset, name, id in stored}
+
+    def _exchange_prompts(self, *, everything: bool) -> None:
+        """Set aside the prompts that wanted ones replace (or, with `everything`, all that are not
+        wanted), bring back those that were set aside, and insert the rest."""
+        named = f"SELECT 1 FROM wanted w WHERE {_SAME_NAME}"
+        wanted = f"{named} AND {_SAME_CONTENT}"
+        replaced = "" if everything else f"AND EXISTS ({named})"
+        self._move("prompts", "past_prompts", f"NOT EXISTS ({wanted}) {replaced}")
+        self._move("past_prompts", "prompts", f"EXISTS ({wanted})")
+        self._db.execute(
+            "UPDATE prompts AS p SET base = w.base, category = w.category FROM wanted w "
+            f"WHERE {_SAME_NAME} AND (p.base, p.category) IS NOT (w.base, w.category)"
+        )
+        ((last,),) = self.query(
+            "SELECT max(coalesce((SELECT max(id) FROM prompts), 0), "
+            "coalesce((SELECT max(id) FROM past_prompts), 0))"
+        )
+        self._db.execute(
+            "INSERT INTO prompts SELECT ? + row_number() OVER (ORDER BY w.rowid), dataset, name, "
+            "base, category, harmful, text, context, target FROM wanted w "
+            f"WHERE NOT EXISTS (SELECT 1 FROM prompts p WHERE {_SAME_NAME}) ORDER BY w.rowid",
+            (last,),
+        )
+
+    def _exchange_trials(self) -> None:
+        """Set aside the trials of other cells and prompts, and bring back those of these ones."""
+        current = "cell IN (SELECT id FROM kept) AND prompt IN (SELECT id FROM prompts)"
+        for table in ("trials", "verdicts", "words"):
+            self._move(f"past_{table}", table, current)
+            self._move(table, f"past_{table}", f"NOT ({current})")
+
+    def _move(self, source: str, target: str, condition: str) -> None:
+        moved = self._db.execute(
+            f"INSERT OR REPLACE INTO {target} SELECT * FROM {source} AS p WHERE {condition}"
+        )
+        if moved.rowcount:
+            self._db.execute(f"DELETE FROM {source} AS p WHERE {condition}")
+
+    def drop_samples(self, samples: int, cell: int | None = None) -> None:
+        """Delete the trials of a cell (None: of all) with this sample number or a higher one. Their
+        responses stay, so that they cost no request if they are needed again."""
+        where = "sample >= ?" if cell is None else "sample >= ? AND cell = ?"
+        values = (samples,) if cell is None else (samples, cell)
+        for table in ("trials", "verdicts", "words"):
+            self._db.execute(f"DELETE FROM {table} WHERE {where}", values)
 
     def cell_id(
         self, model: str, thinking: str, dataset: str, attack: str, pool: str = "one"

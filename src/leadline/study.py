@@ -68,6 +68,10 @@ def _check_value(value: Any, at: tuple[Any, ...]) -> None:
         raise wrong(f"a value of type {type(value).__name__}: use text, numbers or lists", *at)
 
 
+UNNAMED = "study"
+"""The name of a study that has none: one that was built in Python, or read from study.yaml."""
+
+
 class Pick(Strict):
     """A plug-in with options, written `name` or `name: {option: value}` in the study file."""
 
@@ -322,7 +326,8 @@ class Sampling(Strict):
 
 
 class Study(Strict):
-    """A study: targets x datasets x attacks, and the judges of the responses.
+    """A study: targets x datasets x attacks, and the judges of the responses. A study file without
+    a `name` has the file's.
 
     Read one from a file with `Study.load(path)`, or build it in Python:
     `Study(targets=["organism:aligned"], datasets=["guild"], attacks=["direct", "prefill"])`.
@@ -330,7 +335,7 @@ class Study(Strict):
     folder first, then against the working directory.
     """
 
-    name: str = "study"
+    name: str = UNNAMED
     targets: list[ModelSpec] = Field(min_length=1)
     datasets: list[DatasetPick] = Field(min_length=1)
     attacks: list[AttackPick] = Field(
@@ -394,7 +399,7 @@ class Study(Strict):
                 f"{path}:1: a study file is a mapping with targets:, datasets: and attacks:"
             )
         try:
-            study = Study.model_validate(data)
+            study = Study.model_validate({"name": path.stem, **data})
         except ValidationError as error:
             first = error.errors()[0]
             inside = first.get("ctx", {}).get("inside", ())

@@ -60,7 +60,7 @@ def before_after(
     many decoding settings. Writes `out`/before_after.json. Raises LeadlineError for invalid input.
     """
     study = _build_study(before, after, dataset, judge, max_tokens, ks, sweep)
-    results = engine.run(study, out, limit=limit, listener=listener)
+    results = engine.run(study, out, limit=limit, listener=listener, keep=True)
     sides = {side: _measures(results, side, ks, sweep) for side in ("before", "after")}
     names = list(dict.fromkeys([*sides["before"], *sides["after"]]))
     rows = tuple(

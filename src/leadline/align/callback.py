@@ -269,7 +269,7 @@ class SafetyCallback(TrainerCallback):  # type: ignore[misc]
                 model, self.tokenizer, name=label, revision=self._measured_hash,
                 batch_size=self.batch_size,
             )  # fmt: skip
-            engine.run(study, folder, models={label: live}, limit=self.limit)
+            engine.run(study, folder, models={label: live}, limit=self.limit, keep=True)
         output = Path(args.output_dir).resolve().name
         identity = {"model": self.name or output, "run": args.run_name or output}
         measurements = [

@@ -141,7 +141,7 @@ def _generate(
         judges=[JudgePick(name=judge)],
         sampling=Sampling(temperature=0, max_tokens=max_tokens),
     )  # fmt: skip
-    results = engine.run(study, out, models=models, listener=listener)
+    results = engine.run(study, out, models=models, listener=listener, keep=True)
     outcomes = results.query(
         "SELECT o.dataset, o.prompt, o.outcome, o.reason, o.refusal, r.answer FROM outcomes o "
         "LEFT JOIN responses r ON r.key = o.key WHERE o.model = ?",

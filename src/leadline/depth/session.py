@@ -155,6 +155,7 @@ class Session:
             self._study(targets, attacks, measure),
             self.trials / measure,
             limit=self._limit,
+            keep=True,  # other models may have been measured in this folder
             listener=self.progress.study(lambda target: f"{target}: {label}"),
         )
 

@@ -98,7 +98,9 @@ class Evaluation:
             judges=list(self.prompts.judges),
             sampling=Sampling(temperature=0, max_tokens=self.config.max_tokens),
         )
-        results = engine.run(study, self.out, models={label: live}, listener=self.listener)
+        results = engine.run(
+            study, self.out, models={label: live}, listener=self.listener, keep=True
+        )
         rows = results.query(
             "SELECT prompt, unsafe FROM outcomes WHERE model = ? AND attack = ? AND harmful "
             "AND unsafe IS NOT NULL",
