@@ -111,8 +111,8 @@ def _models(store: Store, measured: Measured) -> dict[str, dict[str, Any]]:
         name.removeprefix("model:"): without_secrets(json.loads(value))
         for name, value in store.query("SELECT name, value FROM meta WHERE name LIKE 'model:%'")
     }
-    study = store.description("study")
-    current = {t["name"] or t["model"] for t in study["targets"]} if study else described
+    targets = (store.description("study") or {}).get("targets")
+    current = {t["name"] or t["model"] for t in targets} if targets else described
     described = {name: model for name, model in described.items() if name in current}
     names = dict.fromkeys([*(model for model, _ in charts.models(measured)), *described])
     return {name: described.get(name) or {} for name in names}
