@@ -32,10 +32,26 @@ async def respond(model: Model, request: Request) -> Response:
         response = await model.respond(request)
         if not isinstance(response, Response):
             raise TypeError(f"it returned a {type(response).__name__}, not a Response")
+        _check_fields(response)
         return response
     except Exception as error:
         log.debug("model %s", model.name, exc_info=True)
         return Response("", finish="error", error=f"{type(error).__name__}: {error}")
+
+
+def _check_fields(response: Response) -> None:
+    """Raise TypeError or ValueError for a response that cannot be stored: one model must not stop
+    the writer of all others."""
+    r = response
+    for text in (r.answer, r.thought, r.finish, r.error, r.prefix):
+        if not isinstance(text, str):
+            raise TypeError(f"its response has a {type(text).__name__} where text belongs")
+        text.encode()  # raises for half of a surrogate pair
+    for number in (r.prompt_tokens, r.completion_tokens, r.seconds):
+        if not (isinstance(number, int | float) and abs(number) < 2**63):
+            raise TypeError(
+                f"its response has a {type(number).__name__} where a number of 64 bits belongs"
+            )
 
 
 def store_response(store: Store, key: bytes, request: Request, response: Response) -> None:
