@@ -286,7 +286,7 @@ def published_counts(plugin: registry.DatasetPlugin, options: Mapping[str, Any])
     then the file itself is at fault and the error must be reported."""
     path, rows = options.get("path"), plugin.rows or 0
     try:
-        exists = bool(path) and Path(path).expanduser().exists()
+        exists = bool(path and Path(path).expanduser().exists())
     except (OSError, TypeError, RuntimeError):  # not a path at all
         exists = True
     if "hub" not in plugin.options or exists:

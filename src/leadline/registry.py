@@ -197,7 +197,8 @@ def _check_fields(plugin: Plugin) -> None:
         value = getattr(plugin, field.name)
         if field.type == "str" and not isinstance(value, str):
             raise TypeError(f"{plugin.kind} {plugin.name!r}: {field.name} must be a string")
-    if isinstance(plugin.needs, str) or not all(isinstance(need, str) for need in plugin.needs):
+    needs: Any = plugin.needs
+    if isinstance(needs, str) or not all(isinstance(need, str) for need in needs):
         raise TypeError(f"{plugin.kind} {plugin.name!r}: needs must be a tuple of strings")
     if not isinstance(getattr(plugin, "order", 0), int | float):
         raise TypeError(f"{plugin.kind} {plugin.name!r}: order must be a number")

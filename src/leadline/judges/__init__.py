@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from typing import Any
 
 from ..records import Attempt, Judge, Prompt, Response, Verdict
 
@@ -41,7 +42,7 @@ def _checked(verdict: object) -> Verdict:
         value = getattr(verdict, name)
         if not (value is None or (isinstance(value, int | float) and 0 <= value <= 1)):
             raise TypeError(f"{name} is {value!r}, not a number from 0 to 1")
-    categories = verdict.categories
+    categories: Any = verdict.categories
     if isinstance(categories, str) or not all(isinstance(name, str) for name in categories):
         raise TypeError(f"categories are {categories!r}, not a tuple of strings")
     if not isinstance(verdict.text, str):
