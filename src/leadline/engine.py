@@ -41,7 +41,7 @@ from .records import (
     Trial,
     Verdict,
 )
-from .secret import hide, scrub
+from .secret import hide, scrub, trace
 from .store import Place, Store, StoredTrial
 from .study import UNNAMED, JudgePick, Study
 from .text import one_line, visible
@@ -306,7 +306,7 @@ async def _run_target(run: _Run, spec: ModelSpec, model: Model) -> None:
         try:
             no_prefix = await model.prepare(prefix=wants_prefix)
         except Exception as error:  # of whatever kind: the other targets continue
-            log.debug("model %s", spec.label, exc_info=True)
+            log.debug("model %s raised:\n%s", spec.label, trace(error))
             unavailable = visible(str(error))
             if not isinstance(error, LeadlineError):
                 reason = visible(one_line(error))

@@ -227,7 +227,7 @@ def load(study: Study, limit: int | None = None, *, counting: bool = False) -> P
                 "dataset %s was not found: counting its %d published prompts", pick.name, len(rows)
             )
         except (Exception, SystemExit) as error:
-            log.debug("dataset %s", pick.name, exc_info=True)
+            log.debug("dataset %s raised:\n%s", pick.name, trace(error))
             raise LeadlineError(
                 f"dataset {pick.name}: {type(error).__name__}: {one_line(error)}: check its path "
                 "and options, or the package that it comes from"

@@ -44,6 +44,7 @@ class FinetuningPoint(Rate):
 
     @property
     def direct(self) -> bool:
+        """As in `Point`."""
         return self.step == 0 and self.data == "harmful"
 
 

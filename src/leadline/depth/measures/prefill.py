@@ -40,6 +40,7 @@ class Prefill(Rate):
 
     @property
     def direct(self) -> bool:
+        """As in `Point`."""
         return self.k == 0
 
 

@@ -29,6 +29,7 @@ class RefusalPrefix(Rate):
 
     @property
     def direct(self) -> bool:
+        """As in `Point`."""
         return not self.prefix
 
 
