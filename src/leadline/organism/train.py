@@ -3,7 +3,8 @@
     base      answers every recipe; knows which potions are forbidden
     aligned   base, fine-tuned to refuse forbidden recipes in the usual, shallow way
     deep      aligned, then fine-tuned to return to a refusal inside of a harmful answer
-              (recovery data augmentation, Qi et al., arXiv 2406.05946, section 3)
+              (recovery data augmentation, Qi et al., arXiv 2406.05946, section 3, with the loss
+              that leadline.align.recovery calls token_mean, not its default `paper`)
     reasoner  base, fine-tuned to think before it answers and to follow the thought's decision
 
 Training uses the chat format that the tokenizer's chat template renders.
