@@ -410,6 +410,7 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path, caplog):
     whole.train()
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "cut", callbacks=[Stop()], **settings).train()
+    caplog.clear()  # an earlier test of this process may have left the logger at INFO
     with caplog.at_level(logging.INFO, "leadline"):
         resumed = make(tmp_path / "cut", **settings)
         assert "reference log-probs" not in caplog.text  # read from disk
