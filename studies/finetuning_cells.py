@@ -105,7 +105,7 @@ class Cell:
             "settings": self.settings,
             "version": __version__,
             "weights": fingerprint(organism.path(self.model)),
-            "lessons": [(asdict(x.attempt), x.answer) for x in examples(self.data, self.seed)],
+            "examples": [(asdict(x.attempt), x.answer) for x in examples(self.data, self.seed)],
             "asked": study(self.data, "").model_dump(mode="json"),
         }
         text = json.dumps(inputs, sort_keys=True, default=dict)
@@ -215,7 +215,7 @@ def run(cell: Cell, out: Path) -> dict[str, Any]:
     shutil.rmtree(out / "trainer" / cell.key, ignore_errors=True)
     return {
         "cell": asdict(cell),
-        "lessons": len(examples(cell.data, cell.seed)),
+        "examples": len(examples(cell.data, cell.seed)),
         "losses": losses,
         "values": values,
         "train_s": round(trained - began, 2),

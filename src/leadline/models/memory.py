@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from ..records import LeadlineError
+
+if TYPE_CHECKING:
+    import torch
 
 # torch raises a plain RuntimeError where the CPU allocator fails (the text depends on the operating
 # system), and for backends such as MPS.
@@ -40,3 +44,12 @@ def memory_errors(message: str) -> Iterator[None]:
         if out_of_memory(error):
             raise LeadlineError(message) from error
         raise
+
+
+def batch_memory(device: torch.device, cpu: int) -> int:
+    """Bytes that one batch may use: a quarter of a CUDA device's free memory, elsewhere `cpu`."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 4
+    return cpu

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...models.memory import batch_memory
 from ...report.depth.schema import Position
 from ..positions import by_position
 from ..tokenized import TokenizedPair
@@ -73,7 +74,9 @@ def gradient_norms(
     # The fused kernels have no batched backward.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         losses = token_losses(model, [pair])
-        at_once = max(1, min(len(losses), (memory or _free_memory(losses.device)) // size))
+        at_once = max(
+            1, min(len(losses), (memory or batch_memory(losses.device, _CPU_MIB * 2**20)) // size)
+        )
         one_hot = torch.eye(len(losses), device=losses.device, dtype=losses.dtype)
         norms = [_norms(losses, weights, chunk) for chunk in one_hot.split(at_once)]
     return losses.detach().double().cpu(), torch.cat(norms).cpu()
@@ -103,14 +106,6 @@ def _norms(
         except RuntimeError as error:
             _log.debug("gradients one token at a time: %s", str(error).partition("\n")[0])
     return torch.cat([norms_of(row, False) for row in chunk])
-
-
-def _free_memory(device: torch.device) -> int:
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 4
-    return _CPU_MIB * 2**20
 
 
 def profile(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ...models.memory import batch_memory
 from ...records import LeadlineError, Prompt
 from .surrogate import Slot, Surrogate
 
@@ -142,7 +143,7 @@ class Losses:
         self.model, self.slot, self.takes_ids = model, slot, takes_ids
         self._lm = model.weights.model
         self._target = torch.tensor(slot.target, device=self._lm.device)
-        self._memory = memory or _free_memory(self._lm.device)
+        self._memory = memory or batch_memory(self._lm.device, _CPU_MIB * 2**20)
         self._context: list[int] = []
         self._fixed_cache: KeysAndValues = []  # of the tokens before the suffix
         self._cache: KeysAndValues = []  # of the current context
@@ -316,11 +317,3 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """Length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _free_memory(device: torch.device) -> int:
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 4
-    return _CPU_MIB * 2**20

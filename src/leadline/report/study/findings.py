@@ -228,7 +228,7 @@ def _range(candidates: Mapping[pooling.Key, Sequence[Sums]]) -> str:
 
 
 def _attacks(models: Models) -> list[str]:
-    """The strongest attack, over models that were given it; and what it cannot be told from."""
+    """The strongest attack and those not clearly weaker, over the models that were given it."""
     by_attack: dict[str, list[Sums]] = defaultdict(list)
     for own in models.values():
         for attack, cells in own.items():
