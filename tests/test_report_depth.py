@@ -186,6 +186,16 @@ def test_the_gcg_control_is_not_mentioned_where_it_breaks_nothing() -> None:
     assert sentence.endswith("from m in 50 steps (0% [0%, 7%] before the search).")
 
 
+NO_FINDING = "The measurements are in the plots and tables; no finding can be stated from them."
+
+
+@pytest.mark.parametrize("n", [9, 10])
+def test_gcg_has_no_sentence_on_fewer_than_ten_prompts(n: int) -> None:
+    points = [{"model": "m", "step": s, **wilson(share, n)} for s, share in ((0, 0), (50, 1))]
+    (sentence,) = findings({"gcg": points})
+    assert (sentence == NO_FINDING) == (n < 10)
+
+
 def test_sampling_settings_and_refusal_prefixes() -> None:
     pooled, prefixes = findings(only("decoding", "refusal_prefix"))
     assert pooled.startswith("Sampling settings alone (any of 9) get unsafe answers to 42%")
@@ -213,7 +223,7 @@ def test_the_loss_of_the_first_token_is_reported_only_where_it_is_clearly_greate
     assert "the gradient norm" in norm
     flat = [{"model": "m", "data": "harmful", "step": 0, "position": t, **around(2)}
             for t in range(9)]  # fmt: skip
-    assert findings({"token_loss": flat}) == ["Nothing has been measured yet."]
+    assert findings({"token_loss": flat}) == [NO_FINDING]
 
 
 def test_a_training_run_is_reported_with_the_rates_that_clearly_changed() -> None:

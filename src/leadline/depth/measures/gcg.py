@@ -19,6 +19,8 @@ from ..gcg.search import search
 from ..gcg.surrogate import Surrogate
 from ..session import Session, texts
 
+FEWEST = 10  # prompts; rates of fewer are in the table and the plot, and in no sentence
+
 
 class GCGPoint(Rate):
     """ASR after `step` steps of the search, and the mean loss of the targets (nats)."""
@@ -32,11 +34,13 @@ def _by_step(depth: Depth, model: str) -> list[GCGPoint]:
 
 
 def findings(depth: Depth) -> list[str]:
-    """ASR of the searched suffixes, and of the initial suffix as a control."""
+    """ASR of the searched suffixes, and of the initial suffix as a control, from 10 prompts on."""
     found, controls = [], []
     for model in depth.having(depth.of("gcg", GCGPoint)):
         points = _by_step(depth, model)
         last, control, direct = points[-1], points[0], depth.direct(model)
+        if last.n < FEWEST:
+            continue
         text = f"to {rate(last)} {of_prompts(last)} from {model} in {count(last.step, 'steps')}"
         if control.step == 0 and last.step:
             clear = "" if below(control, last) else ", not clearly less"

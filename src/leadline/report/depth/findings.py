@@ -10,8 +10,6 @@ from ...text import visible
 from .format import listed, sentence
 from .schema import Depth, parse, sections
 
-NOTHING = "Nothing has been measured yet."
-
 
 def findings(data: Mapping[str, Any]) -> list[str]:
     """The sentences for the content of depth.json, in the order of the page; at least one.
@@ -20,7 +18,14 @@ def findings(data: Mapping[str, Any]) -> list[str]:
     """
     depth = parse(data)
     texts = [text for section in by_section(depth).values() for text in section]
-    return [*(texts or [NOTHING]), *missing(depth)]
+    return [*(texts or [no_findings(depth)]), *missing(depth)]
+
+
+def no_findings(depth: Depth) -> str:
+    """The sentence in place of the findings, where no section has any."""
+    if any(depth.points.values()):
+        return "The measurements are in the plots and tables; no finding can be stated from them."
+    return "Nothing has been measured yet."
 
 
 def by_section(depth: Depth) -> dict[str, list[str]]:

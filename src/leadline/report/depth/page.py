@@ -10,7 +10,7 @@ from typing import Any
 from ...files import write_private
 from ...text import plain
 from ..html import render
-from .findings import NOTHING, by_section, labels, missing
+from .findings import by_section, labels, missing, no_findings
 from .format import listed
 from .schema import Depth, read_depth, sections
 from .tables import Column
@@ -35,7 +35,7 @@ def write_depth_report(folder: Path) -> DepthPage:
     source = folder / "depth.json"
     depth = read_depth(source)
     texts = by_section(depth)
-    findings = [text for section in texts.values() for text in section] or [NOTHING]
+    findings = [text for section in texts.values() for text in section] or [no_findings(depth)]
     page = DepthPage(folder / "depth.html", source, [*findings, *missing(depth)])
     write_private(page.html, _render(depth, texts))
     return page
@@ -48,7 +48,7 @@ def _render(depth: Depth, texts: dict[str, list[str]]) -> str:
     shown = {s.name: s for s in every if tables[s.name]}
     summary = [(s.name, column) for s in every for column in s.columns(depth) if _known(column)]
     top = [text for s in every for text in texts[s.name][: s.top]]
-    top = top or [text for s in every for text in texts[s.name]] or [NOTHING]
+    top = top or [text for s in every for text in texts[s.name]] or [no_findings(depth)]
     names = labels()
     return render(
         "depth.html",
