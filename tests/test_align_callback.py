@@ -455,6 +455,7 @@ def test_of_two_processes_one_measures_and_both_stop_and_roll_back(tmp_path):
         "run.train()\n"
         "about = [run.state.global_step, weights_hash(run.model, {})]\n"
         "(out / f'rank{run.args.process_index}.json').write_text(json.dumps(about))\n"
+        "run.accelerator.end_training()\n"
     )
     root = Path(__file__).parent.parent
     done = subprocess.run(

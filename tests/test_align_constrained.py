@@ -335,6 +335,7 @@ if trainer.accelerator.is_main_process:
     torch.save({"weights": weights(trainer), "losses": losses(trainer),
                 "nll": losses(trainer, "nll"), "eval": settings["eval_loss"],
                 "reference": trainer.train_dataset[COLUMN][:]}, out / "result.pt")
+trainer.accelerator.end_training()  # its threads end before the interpreter
 """
 
 

@@ -259,6 +259,7 @@ made.train(resume_from_checkpoint=str(out / "run" / "checkpoint-4"))
 found["resumed"] = {k: v.detach().clone() for k, v in made.model.named_parameters()}
 if made.accelerator.is_main_process:
     torch.save(found, out / "found.pt")
+made.accelerator.end_training()
 """
 
 
