@@ -447,6 +447,7 @@ def test_of_two_processes_one_measures_and_both_stop_and_roll_back(tmp_path):
     script.write_text(
         "import sys, json, os\n"
         "from pathlib import Path\n"
+        "from tests.processes import finish\n"
         "from tests.test_align_callback import safety_callback, trainer, weights_hash\n"
         "out = Path(sys.argv[1])\n"
         "run = trainer('harmful', out, safety_callback(on_breach='rollback'), max_steps=60,\n"
@@ -455,7 +456,7 @@ def test_of_two_processes_one_measures_and_both_stop_and_roll_back(tmp_path):
         "run.train()\n"
         "about = [run.state.global_step, weights_hash(run.model, {})]\n"
         "(out / f'rank{run.args.process_index}.json').write_text(json.dumps(about))\n"
-        "run.accelerator.end_training()\n"
+        "finish(run)\n"
     )
     root = Path(__file__).parent.parent
     done = subprocess.run(

@@ -325,6 +325,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 import torch
+from tests.processes import finish
 from tests.test_align_constrained import *
 torch.set_num_threads(1)
 out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -335,7 +336,7 @@ if trainer.accelerator.is_main_process:
     torch.save({"weights": weights(trainer), "losses": losses(trainer),
                 "nll": losses(trainer, "nll"), "eval": settings["eval_loss"],
                 "reference": trainer.train_dataset[COLUMN][:]}, out / "result.pt")
-trainer.accelerator.end_training()  # its threads end before the interpreter
+finish(trainer)
 """
 
 

@@ -245,6 +245,7 @@ def test_evaluation_gives_each_kind_its_mean(folder: Path, tmp_path: Path):
 SCRIPT = """
 import sys, torch
 from pathlib import Path
+from tests.processes import finish
 from tests.test_align_recovery import config, gradient, trainer
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 halves = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
@@ -259,7 +260,7 @@ made.train(resume_from_checkpoint=str(out / "run" / "checkpoint-4"))
 found["resumed"] = {k: v.detach().clone() for k, v in made.model.named_parameters()}
 if made.accelerator.is_main_process:
     torch.save(found, out / "found.pt")
-made.accelerator.end_training()
+finish(made)
 """
 
 
