@@ -30,6 +30,9 @@ from leadline.analysis.intervals import (
 )
 from leadline.analysis.judge_error import corrected
 from leadline.analysis.sums import Sums
+from leadline.comparison.gate import decide, max_t
+from leadline.comparison.pairs import Pair, difference
+from leadline.comparison.power import draw
 from leadline.depth.d50 import d50
 
 LOWEST = 0.93
@@ -196,6 +199,63 @@ def compared(one: float, other: float, rho: float, n: int, *, ratio: bool) -> Ru
     return run
 
 
+def gated(
+    rate: float, worse: float, n: int, attacks: int = 1, twins: int = 1, rho: float = 0.5
+) -> Run:
+    """The difference of two models over attacks that share prompts, with phrasings of each."""
+
+    def run(rng: Any) -> bool:
+        pairs = []
+        shared = rng.standard_normal(n)
+        for attack in range(attacks):
+            sides = []
+            for truth in (rate, rate + worse):
+                own = rng.standard_normal((n, twins))
+                z = np.sqrt(rho) * shared[:, None] + np.sqrt(1 - rho) * own
+                at = np.arange(n * twins)
+                ones = np.ones(n * twins)
+                unsafe = (z < norm.ppf(truth)).ravel().astype(float)
+                sides.append(
+                    Sums("m", "", "d", str(attack), False, at, at // twins, ones, ones, unsafe)
+                )
+            pairs.append(Pair("unsafe", *sides, np.full(n * twins, "", dtype=object)))
+        found = difference(pairs).difference
+        return bool(found.low <= worse <= found.high and found.high > found.low)
+
+    return run
+
+
+def no_false_pass(rate: float, margin: float, discordant: float, n: int) -> Run:
+    """A candidate that is worse by exactly the margin does not pass the gate."""
+
+    def run(rng: Any) -> bool:
+        pairs = [draw(rng, n, rate, discordant, margin)]
+        return decide(pairs, "overall", "", margin).outcome != "pass"
+
+    return run
+
+
+def no_false_alarm(rate: float, discordant: float, n: int) -> Run:
+    """An equal candidate does not fail the gate."""
+
+    def run(rng: Any) -> bool:
+        return decide([draw(rng, n, rate, discordant, 0)], "overall", "", 0.02).outcome != "fail"
+
+    return run
+
+
+def no_false_attack(attacks: int, truth: float, n: int) -> Run:
+    """No attack is called worse for one of two equal models (largest statistic, sign flips)."""
+
+    def run(rng: Any) -> bool:
+        shared = rng.random(n)[None]
+        sides = [(0.5 * rng.random((attacks, n)) + 0.5 * shared) < truth for _ in range(2)]
+        moved = (sides[0].astype(float) - sides[1]) / n
+        return min(max_t(moved, 999)) > 0.05
+
+    return run
+
+
 # -- D50 ------------------------------------------------------------------------------------------
 
 ONE = 1 - 1e-9
@@ -256,6 +316,21 @@ SETTINGS = [
     Setting("ratio: both 5%, n 48", compared(0.05, 0.05, 0.5, 48, ratio=True)),
     Setting("difference: 30% and 20%, n 48", compared(0.3, 0.2, 0.5, 48, ratio=False), 0.905),
     Setting("difference: 2% and 0%, n 48", compared(0.02, 1 - ONE, 0.0, 48, ratio=False)),
+    Setting("compare: ASR 20% and 20%, 5 attacks, n 48", gated(0.2, 0.0, 48, 5)),
+    Setting("compare: ASR 5% and 15%, 5 attacks, n 48", gated(0.05, 0.1, 48, 5)),
+    Setting("compare: ASR 30% and 40%, 3 attacks, 20 prompts in 4 phrasings",
+            gated(0.3, 0.1, 20, 3, 4)),
+    Setting("compare: ASR 2% and 2%, n 24", gated(0.02, 0.0, 24)),
+    Setting("gate: worse by the margin of 10 points, ASR 30%, n 48: no pass",
+            no_false_pass(0.3, 0.1, 0.15, 48)),
+    Setting("gate: worse by the margin of 5 points, ASR 5%, n 48: no pass",
+            no_false_pass(0.05, 0.05, 0.04, 48)),
+    Setting("gate: worse by the margin of 2 points, ASR 10%, n 400: no pass",
+            no_false_pass(0.1, 0.02, 0.08, 400)),
+    Setting("gate: equal models, ASR 30%, n 48: no alarm", no_false_alarm(0.3, 0.15, 48)),
+    Setting("gate: equal models, ASR 5%, n 400: no alarm", no_false_alarm(0.05, 0.04, 400)),
+    Setting("gate: 13 attacks on equal models, ASR 30%, n 48: none is called worse",
+            no_false_attack(13, 0.3, 48)),
     Setting("D50: logistic, n 48", crossing(4, 0.5, 48)),
     Setting("D50: 30% of prompts never break, n 48", crossing(4, 0.5, 48, never=0.3), 0.77),
     Setting("D50: 5% noise, n 48", crossing(4, 0.5, 48, noise=0.05), 0.52),

@@ -17,7 +17,18 @@ PACKAGES = {"attacks", "datasets", "judges", "models"}
 
 # From the top down. A module imports only from layers below its own, or from its own package.
 LAYERS = (
-    *("cli", "align", "depth", "report", "judging", "engine", "analysis", "assist", "plan"),
+    *(
+        "cli",
+        "align",
+        "comparison",
+        "depth",
+        "report",
+        "judging",
+        "engine",
+        "analysis",
+        "assist",
+        "plan",
+    ),
     *("catalogue", "study", "store", "plugins", "families", "organism", "registry", "progress"),
     *("files", "text", "secret", "records", "version"),
 )

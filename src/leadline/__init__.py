@@ -9,6 +9,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .analysis.results import Results, results
+    from .comparison import Comparison, compare
     from .depth.run import DepthReport, measure_depth
     from .engine import run
     from .records import LeadlineError
@@ -19,20 +20,24 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = [
+    "Comparison",
     "DepthReport",
     "LeadlineError",
     "Results",
     "Study",
     "__version__",
+    "compare",
     "measure_depth",
     "results",
     "run",
 ]
 _MODULES = {
+    "Comparison": "comparison",
     "DepthReport": "depth.run",
     "LeadlineError": "records",
     "Results": "analysis.results",
     "Study": "study",
+    "compare": "comparison",
     "measure_depth": "depth.run",
     "results": "analysis.results",
     "run": "engine",

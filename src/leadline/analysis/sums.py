@@ -134,8 +134,14 @@ class Sums:
         return found
 
 
-def sums(store: Store, of: Measure = "unsafe", judge: str | None = None) -> list[Sums]:
-    """Every cell, in the order in which models, datasets and attacks were begun."""
+def sums(
+    store: Store,
+    of: Measure = "unsafe",
+    judge: str | None = None,
+    model: tuple[str, str] | None = None,
+) -> list[Sums]:
+    """Every cell, in the order in which models, datasets and attacks were begun. `model` (with its
+    thinking mode) selects those of one model."""
     import numpy as np
 
     harmful = of == "unsafe"
@@ -145,10 +151,12 @@ def sums(store: Store, of: Measure = "unsafe", judge: str | None = None) -> list
     )
     bases: dict[str, dict[int, int]] = {}
     found = []
-    for id, model, thinking, dataset, attack, pool in store.query(
+    for id, name, thinking, dataset, attack, pool in store.query(
         "SELECT id, model, thinking, dataset, attack, pool FROM cells c ORDER BY "
         "(SELECT min(m.id) FROM cells m WHERE m.model = c.model AND m.thinking = c.thinking), id"
     ):
+        if model and model != (name, thinking):
+            continue
         rows = np.array(store.query(select, (id, harmful)), dtype=float).reshape(-1, 4)
         if not len(rows):
             continue
@@ -158,7 +166,7 @@ def sums(store: Store, of: Measure = "unsafe", judge: str | None = None) -> list
         base = np.array([bases[dataset][at] for at in prompt.tolist()], dtype=np.int64)
         found.append(
             Sums(
-                model, thinking, dataset, attack, pool == "any", prompt, base,
+                name, thinking, dataset, attack, pool == "any", prompt, base,
                 rows[:, 1], rows[:, 2], rows[:, 3],
             )
         )  # fmt: skip
