@@ -34,6 +34,11 @@ from leadline.comparison.gate import decide, max_t
 from leadline.comparison.pairs import Pair, difference
 from leadline.comparison.power import draw
 from leadline.depth.d50 import d50
+from leadline.matters.compared import over_models
+from leadline.matters.external import any_of as any_of_k
+from leadline.matters.factors import Row as ModelRow
+from leadline.matters.factors import _estimator
+from leadline.matters.ranking import rank
 
 LOWEST = 0.93
 """The lowest coverage that a setting may have: .95 less three Monte Carlo standard errors at 1,000
@@ -44,11 +49,12 @@ Run = Callable[[np.random.Generator], bool]
 
 @dataclass(frozen=True)
 class Setting:
-    """`run` draws data and says whether the interval covers the truth."""
+    """`run` draws data and says whether the interval covers; slow settings have `most` runs."""
 
     name: str
     run: Run
     before: float | None = None
+    most: int | None = None
 
 
 def clustered(rng: Any, rate: float, sizes: Any, rho: float) -> Any:
@@ -256,6 +262,69 @@ def no_false_attack(attacks: int, truth: float, n: int) -> Run:
     return run
 
 
+# -- what matters ---------------------------------------------------------------------------------
+
+
+def ranks_hold(truths: tuple[float, ...], n: int) -> Run:
+    """All true ranks are inside of their sets; equal rates share the ranks that they span."""
+
+    def run(rng: Any) -> bool:
+        shared = rng.standard_normal(n)
+        cells = {
+            str(m): [cell((0.7 * shared + 0.714 * rng.standard_normal(n)) < norm.ppf(p))]
+            for m, p in enumerate(truths)
+        }
+        rows = rank(list(cells), lambda a, b: over_models([(cells[a], cells[b])]))
+        for row in rows:
+            own = truths[int(row.name)]
+            if not row.first <= 1 + sum(p < own for p in truths):
+                return False
+            if not row.last >= sum(p <= own for p in truths):
+                return False
+        return True
+
+    return run
+
+
+def designed(models: int, families: int, term: str, kind: Any) -> tuple[list[Any], Run]:
+    """A characteristic that does nothing, in a fleet of this size: the interval covers 0."""
+    rng = np.random.default_rng(7)
+    rows = []
+    for at in range(models):
+        family = at % families
+        values = {
+            "size": float(rng.integers(0, 6)), "architecture": float(rng.random() < 0.25),
+            "reasoning": float(rng.random() < 0.4), "stage": 1.0,
+            "distillation": float(family < 3) if kind == "between families"
+            else float(rng.random() < 0.3),
+        }  # fmt: skip
+        rows.append(ModelRow(str(at), str(family), 0.0, 0.5, values))
+    terms = ["size", "architecture", "reasoning", "distillation"]
+    estimator = _estimator(rows, term, terms, kind)
+    of = np.array([int(row.family) for row in rows])
+
+    def run(rng: Any) -> bool:
+        noise = rng.normal(0, 0.8, families)[of] + rng.normal(0, 0.6, models)
+        found = estimator(noise).interval()
+        return bool(found.low <= 0 <= found.high)
+
+    return rows, run
+
+
+def extrapolated(n: int, samples: int, k: int) -> Run:
+    """ASR@k from fewer samples, where 30% of the prompts never break."""
+    grid = np.random.default_rng(0).beta(0.6, 2.0, 100_000)
+    truth = 0.7 * float((1 - (1 - grid) ** k).mean())
+
+    def run(rng: Any) -> bool:
+        chance = np.where(rng.random(n) < 0.3, 0.0, rng.beta(0.6, 2.0, n))
+        total = rng.binomial(samples, chance).astype(float)
+        (row,) = any_of_k(total, np.full(n, float(samples)), np.arange(n), (k,))
+        return bool(row.rate.low <= truth <= row.rate.high)
+
+    return run
+
+
 # -- D50 ------------------------------------------------------------------------------------------
 
 ONE = 1 - 1e-9
@@ -331,6 +400,19 @@ SETTINGS = [
     Setting("gate: equal models, ASR 5%, n 400: no alarm", no_false_alarm(0.05, 0.04, 400)),
     Setting("gate: 13 attacks on equal models, ASR 30%, n 48: none is called worse",
             no_false_attack(13, 0.3, 48)),
+    Setting("ranks: 8 equal models, ASR 30%, n 48", ranks_hold((0.3,) * 8, 48), most=400),
+    Setting("ranks: 8 models from 2% to 60%, n 48",
+            ranks_hold((0.02, 0.02, 0.1, 0.2, 0.3, 0.3, 0.5, 0.6), 48), most=400),
+    Setting("ranks: 8 models near 0%, n 24", ranks_hold((0.01,) * 7 + (0.1,), 24), most=400),
+    *(
+        Setting(f"factors: {n} models, 10 families, {term}, {kind}: no effect",
+                designed(n, 10, term, kind)[1])
+        for n in (28, 32)
+        for term, kind in (("size", "within families"), ("architecture", "within families"),
+                           ("distillation", "between families"))
+    ),
+    Setting("any of 200 samples, from 20, n 100", extrapolated(100, 20, 200), most=50),
+    Setting("any of 10 samples, from 20, n 100", extrapolated(100, 20, 10), most=50),
     Setting("D50: logistic, n 48", crossing(4, 0.5, 48)),
     Setting("D50: 30% of prompts never break, n 48", crossing(4, 0.5, 48, never=0.3), 0.77),
     Setting("D50: 5% noise, n 48", crossing(4, 0.5, 48, noise=0.05), 0.52),
@@ -342,6 +424,7 @@ SETTINGS = [
 def coverage(setting: Setting, runs: int) -> float:
     """The share of runs in which the interval covers; the seed depends on the setting's name."""
     rng = np.random.default_rng([*setting.name.encode()])
+    runs = min(runs, setting.most or runs)
     return sum(setting.run(rng) for _ in range(runs)) / runs
 
 

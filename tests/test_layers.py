@@ -20,6 +20,7 @@ LAYERS = (
     *(
         "cli",
         "align",
+        "matters",
         "comparison",
         "depth",
         "report",

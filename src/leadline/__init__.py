@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .comparison import Comparison, compare
     from .depth.run import DepthReport, measure_depth
     from .engine import run
+    from .matters.answers import Answers, what_matters
     from .records import LeadlineError
     from .study import Study
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = [
+    "Answers",
     "Comparison",
     "DepthReport",
     "LeadlineError",
@@ -30,8 +32,10 @@ __all__ = [
     "measure_depth",
     "results",
     "run",
+    "what_matters",
 ]
 _MODULES = {
+    "Answers": "matters.answers",
     "Comparison": "comparison",
     "DepthReport": "depth.run",
     "LeadlineError": "records",
@@ -41,6 +45,7 @@ _MODULES = {
     "measure_depth": "depth.run",
     "results": "analysis.results",
     "run": "engine",
+    "what_matters": "matters.answers",
 }
 
 

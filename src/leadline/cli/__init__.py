@@ -12,10 +12,10 @@ import sys
 from ..records import LeadlineError
 from ..text import one_line
 
-from . import study, compare, depth, align, judges, organism  # isort: skip (the order of the help)
+from . import study, compare, matters, depth, align, judges, organism  # isort: skip (the order of the help)
 from ._app import EXIT_ERROR, app, warn
 
-__all__ = ["align", "app", "compare", "depth", "judges", "main", "organism", "study"]
+__all__ = ["align", "app", "compare", "depth", "judges", "main", "matters", "organism", "study"]
 
 
 def main() -> None:

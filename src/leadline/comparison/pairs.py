@@ -133,6 +133,17 @@ def _pair(
     return Pair(measure, first, second, categories), lost
 
 
+def same_prompts(measure: Measure, one: Sums, other: Sums) -> Pair:
+    """Line up two cells of one store: two models, or two attacks, on the prompts that both were
+    scored on. The pair has the attack and the dataset of `one`."""
+    import numpy as np
+
+    ours, theirs = np.flatnonzero(_known(one)), np.flatnonzero(_known(other))
+    _, at, to = np.intersect1d(one.prompt[ours], other.prompt[theirs], return_indices=True)
+    first, second = _subset(one, ours[at]), _subset(other, theirs[to])
+    return Pair(measure, first, second, np.full(len(at), "", dtype=object))
+
+
 def _known(own: Sums) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Whether each prompt has a verdict; where any of several attempts counts, one from all of
     them: prompts that broke early would otherwise be kept, and safe ones dropped."""
@@ -157,14 +168,21 @@ def _subset(own: Sums, at: Any) -> Sums:
 @dataclass(frozen=True)
 class Difference:
     """Candidate minus baseline. `baseline` and `candidate` are the rates, `prompts` the number of
-    base prompts, and `by_prompt` [base prompts] what each contributes to the difference, less its
-    mean."""
+    base prompts, and `bases` which these are (dataset and number). `baseline_by_prompt` and
+    `candidate_by_prompt` [base prompts] are what each contributes to the rates, less its mean."""
 
     difference: Interval
     baseline: Interval
     candidate: Interval
     prompts: int
-    by_prompt: Floats
+    bases: tuple[tuple[str, int], ...]
+    baseline_by_prompt: Floats
+    candidate_by_prompt: Floats
+
+    @property
+    def by_prompt(self) -> Floats:
+        """What each base prompt contributes to the difference, less its mean."""
+        return self.candidate_by_prompt - self.baseline_by_prompt
 
 
 def difference(pairs: Sequence[Pair], level: float = LEVEL) -> Difference:
@@ -177,20 +195,20 @@ def difference(pairs: Sequence[Pair], level: float = LEVEL) -> Difference:
 
     sides: list[list[Interval]] = [[], []]
     moved: list[list[Floats]] = [[], []]
-    prompts = 0
+    bases: list[tuple[str, int]] = []
     by_dataset = _by_dataset(pairs)
-    for own in by_dataset.values():
+    for dataset, own in by_dataset.items():
         known = np.unique(np.concatenate([each.baseline.base for each in own]))
         size = len(known)
-        prompts += size
+        bases += [(dataset, base) for base in known.tolist()]
         weights = np.full(len(own), 1 / len(own))
         for side, name in enumerate(("baseline", "candidate")):
             totals, sizes = np.zeros((2, len(own), size))
             for row, each in enumerate(own):
                 cell: Sums = getattr(each, name)
-                bases = np.searchsorted(known, cell.base)
-                totals[row] = np.bincount(bases, cell.sum, size)
-                sizes[row] = np.bincount(bases, cell.n, size)
+                at = np.searchsorted(known, cell.base)
+                totals[row] = np.bincount(at, cell.sum, size)
+                sizes[row] = np.bincount(at, cell.n, size)
             sides[side].append(weighted_rate_interval(totals, sizes, weights, level))
             n = sizes.sum(1, keepdims=True)
             rates = totals.sum(1, keepdims=True) / n
@@ -200,7 +218,7 @@ def difference(pairs: Sequence[Pair], level: float = LEVEL) -> Difference:
     one, other = (np.concatenate(each) for each in moved)
     found = correlation(other, one, second.value, first.value)
     between = difference_interval(second, first, found)
-    return Difference(between, first, second, prompts, other - one)
+    return Difference(between, first, second, len(bases), tuple(bases), one, other)
 
 
 def contributions(attacks: Sequence[Sequence[Pair]]) -> Floats:
