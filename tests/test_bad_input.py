@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,15 @@ import pytest
 
 from leadline import Study, registry, run
 from leadline.cli import main
-from leadline.records import Attempt, Message, Prompt, Response, ResponsePrefix, Verdict
+from leadline.records import (
+    Attempt,
+    LeadlineError,
+    Message,
+    Prompt,
+    Response,
+    ResponsePrefix,
+    Verdict,
+)
 from leadline.registry import attack, judge
 from leadline.store import FILE, Store
 
@@ -478,7 +487,7 @@ def test_a_full_disk_is_one_line(tmp_path, server, study_file):
 @pytest.fixture
 def plugin():
     """Registers plug-ins for one test."""
-    for kind in ("attack", "judge", "dataset", "model"):
+    for kind in registry.KINDS.values():
         registry.plugins(kind)
     before = dict(registry._plugins)
     yield registry
@@ -662,6 +671,115 @@ class Parrot:
 
     async def close(self) -> None:
         pass
+
+
+class Raising(Parrot):
+    """A model of which one member raises, or has a value of another type."""
+
+    def __init__(self, member: str, value: object) -> None:
+        super().__init__(Response("I cannot help with that."))
+        self.member, self.wrong = member, value
+
+    def __getattribute__(self, name: str) -> object:
+        get = super().__getattribute__
+        if name in ("__dict__", "__class__", "member") or name != get("__dict__").get("member"):
+            return get(name)
+        if self.wrong is ValueError:
+            raise ValueError(f"no {name}")
+        return self.wrong
+
+    async def _number(self, **options: object) -> int:
+        return 5
+
+    async def _raise(self, **options: object) -> None:
+        raise ValueError("broken")
+
+
+RAISING = {
+    "identity raises": ("identity", ValueError),
+    "identity None": ("identity", None),
+    "identity list": ("identity", [1]),
+    "identity no JSON": ("identity", {"a": {1}}),
+    "concurrency raises": ("concurrency", ValueError),
+    "concurrency text": ("concurrency", "4"),
+    "concurrency 0": ("concurrency", 0),
+    "name None": ("name", None),
+}
+
+
+@pytest.mark.parametrize("case", RAISING)
+def test_a_model_plug_in_with_a_wrong_property_is_named(tmp_path, plugin, study_file, case):
+    registry.model("broken", source="this test")(lambda *arguments: Raising(*RAISING[case]))
+    study = study_file(targets=["broken:a"], datasets=["guild"])
+    line = error_of("run", study, "--out", tmp_path / "out")
+    assert "the model plug-in 'broken' raised" in line
+    in_memory = Study(targets=[{"model": "a"}], datasets=["guild"])
+    with pytest.raises(LeadlineError, match="the model a raised"):
+        run(in_memory, tmp_path / "b", models={"a": Raising(*RAISING[case])})
+
+
+def test_a_model_plug_in_that_does_not_close_keeps_its_answers(tmp_path, plugin, caplog):
+    model = Raising("", None)
+    model.close = model._raise
+    study = Study(targets=[{"model": "parrot"}], datasets=[{"guild": {"limit": 2}}])
+    results = run(study, tmp_path, models={"parrot": model})
+    assert results.query("SELECT outcome FROM trials") == [("answered",)] * 2
+    assert "the model parrot raised ValueError when it closed: broken" in caplog.text
+
+
+@pytest.mark.parametrize("prepare", ["_raise", "_number"])
+def test_a_judge_whose_model_plug_in_does_not_load_is_named(
+    tmp_path, server, plugin, study_file, prepare
+):
+    @registry.model("broken", source="this test")
+    def broken(spec, limits, locate):
+        """A model that does not load."""
+        model = Raising("", None)
+        model.prepare = getattr(model, prepare)
+        return model
+
+    pick = "llamaguard: {model: 'broken:a'}"
+    study = study_file(
+        targets=[{"model": "m", "url": server.url}], datasets=["guild"],
+        judges=[{"llamaguard": {"model": "broken:a"}}],
+    )  # fmt: skip
+    ran = command("run", study, "--out", tmp_path / "out")
+    assert ran.status == 2
+    assert "judge llamaguard: the model parrot raised" in ran.err.splitlines()[-1]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("prompt,response,label\na,b,safe\nc,d,unsafe\n")
+    assert "the model parrot raised" in error_of("judges", "check", labels, "--judge", pick)
+
+
+def test_a_measure_that_raises_is_named_and_the_others_go_on(tmp_path, plugin):
+    section = replace(registry.get("measure", "gcg").sections[0], name="broken", points={})
+
+    @registry.measure("broken", source="this test", sections=(section,), order=0)
+    def broken(session):
+        """Repeats a prompt in its message."""
+        raise KeyError(session.prompts[0].text)
+
+    ran = command("depth", "organism:aligned", "--base", "organism:base", "--budget", "quick",
+                  "--only", "broken,kl", "--out", tmp_path)  # fmt: skip
+    assert ran.status == 0, ran
+    found = json.loads((tmp_path / "depth.json").read_text())
+    assert found["kl"]
+    assert found["skipped"]["broken"].startswith("the measure broken raised KeyError: ")
+    assert "characters of prompt or answer" in found["skipped"]["broken"]
+
+
+def test_an_error_anywhere_else_in_a_plug_in_names_its_package(tmp_path, plugin):
+    def findings(depth):
+        raise KeyError("broken")
+
+    section = registry.get("measure", "kl").sections[0]
+    section = replace(section, name="broken", points={}, findings=findings)
+    registry.measure("broken", source="this test", sections=(section,))(lambda session: None)
+    ran = command("depth", "organism:aligned", "--base", "organism:base", "--budget", "quick",
+                  "--only", "kl", "--out", tmp_path)  # fmt: skip
+    assert ran.status == 2
+    line = ran.err.splitlines()[-1]
+    assert line.startswith("leadline: the plug-in package 'tests' raised KeyError: 'broken': ")
 
 
 @pytest.mark.parametrize("value", [5, None, "text", "prepare"])

@@ -218,7 +218,7 @@ async def _decoding(
     ):  # fmt: skip
         attacker = models.connect(study.attacker, study.limits, study.locate)
         try:
-            await attacker.prepare(prefix=False)
+            await models.prepare(attacker)
         except LeadlineError as error:
             log.warning("attacker: %s; only answers that it has decoded before are judged", error)
     cached = CachedModel(attacker, store) if attacker else None
@@ -241,4 +241,4 @@ async def _decoding(
         yield decode
     finally:
         if attacker:
-            await attacker.close()
+            await models.close(attacker)
