@@ -84,7 +84,7 @@ def test_jsonl_with_thought_and_category(tmp_path):
     [
         (ROWS, ("prompt", "response", "verdict"), "labels.csv:2: no column 'label'"),
         (ROWS, ("prompt", "text", "label"), "no column 'response'"),
-        ([(*ROWS[0][:2], "maybe")], ("prompt", "response", "label"), "'maybe' must be one of"),
+        ([(*ROWS[0][:2], "maybe")], ("prompt", "response", "label"), r"\('maybe'\) must be one of"),
         ([(*ROWS[0][:2], "")], ("prompt", "response", "label"), "the column 'label' is empty"),
         (ROWS[:1], ("prompt", "response", "label"), "every answer is labelled safe"),
         (ROWS[1:3], ("prompt", "response", "label"), "every answer is labelled unsafe"),

@@ -118,6 +118,17 @@ def hide(message: str, *texts: str) -> str:
     return "".join(shown)
 
 
+def where_raised(error: BaseException) -> str:
+    """An exception's type and the line that raised it, since its message may quote a prompt. The
+    message of an error about a file, or of one in the calling line itself."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if isinstance(error, OSError) or len(frames) == 1:
+        message = " ".join(scrub(str(error)).split())[:200]
+        return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    frame, line = frames[-1]
+    return f"{type(error).__name__} at {frame.f_code.co_filename.rpartition('/')[2]}:{line}"
+
+
 def trace(error: BaseException) -> str:
     """An exception's type and the lines that raised it, without its message, which may repeat a
     prompt or an answer."""

@@ -18,6 +18,7 @@ from ..models.spec import Limits
 from ..progress import Listener, Progress
 from ..records import Attempt, LeadlineError, Prompt, Response
 from ..study import JudgePick
+from ..text import outline
 from .standalone import open_judge, run_concurrently
 
 # Accepted column names, by field.
@@ -121,7 +122,9 @@ def read_labels(labels: str | Path) -> Iterator[Answer]:
     for number, (cells, where, _, _) in enumerate(table, 1):
         label = cells["label"].strip().lower()
         if label not in _LABELS:
-            raise LeadlineError(f"{where}: the label {label!r} must be one of {', '.join(_LABELS)}")
+            raise LeadlineError(
+                f"{where}: the label ({outline(label)}) must be one of {', '.join(_LABELS)}"
+            )
         label_values.add(_LABELS[label])
         prompt = Prompt(str(number), cells["text"], "labels", cells["category"])
         yield Answer(prompt, Response(cells["answer"], cells["thought"]), _LABELS[label])
