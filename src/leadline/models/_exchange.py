@@ -14,9 +14,11 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -36,6 +38,9 @@ _BACKOFF, _LONGEST_BACKOFF = 0.5, 30.0  # seconds
 _DOWN_SECONDS = 60.0
 BLOCKED = {"content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation"}
 _NO_QUOTA = "insufficient_quota"  # sent with status 429, but retrying does not help
+# Replies above this size (bytes) are read and parsed a few at a time, for each endpoint; the others
+# wait in the server's buffers. Else 64 of the largest allowed size would take more than 1 GB.
+_LARGE, _LARGE_AT_ONCE = 2**18, 4
 # Finish reasons of a reply with an answer. Any other one is a failure.
 _FINISH: dict[str, Finish] = {
     "stop": "stop",
@@ -123,6 +128,7 @@ class Exchange:
         self._pause_until = 0.0
         self._last_success = 0.0
         self._connection_faults = self._endpoint_errors = 0
+        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._shortened_wait = False  # whether the log has the warning on Retry-After
 
     async def open(self) -> None:
@@ -220,6 +226,10 @@ class Exchange:
 
     async def _send_once(self, body: bytes) -> Reply:
         """Send one request without retries. Raises Fault."""
+        async with AsyncExitStack() as stack:  # holds the place of a large reply until it is parsed
+            return await self._send(body, partial(stack.enter_async_context, self._large))
+
+    async def _send(self, body: bytes, wait_for_place: Callable[[], Awaitable[None]]) -> Reply:
         import aiohttp
 
         assert self._session
@@ -229,7 +239,7 @@ class Exchange:
                 if reply.status != 200:
                     raw = await _read_error_body(reply)
                     raise self._status_fault(reply.status, reply.headers, raw, body)
-                raw, whole = await _read_body(reply, self.limits.max_reply_bytes)
+                raw, whole = await _read_body(reply, self.limits.max_reply_bytes, wait_for_place)
                 content_type = reply.headers.get("Content-Type", "none")
         except TimeoutError:
             raise Fault(f"no answer within {self.limits.timeout:g} s") from None
@@ -296,9 +306,14 @@ class Exchange:
                 self._down = f"the endpoint is down: no reply for {silence:.0f} s ({fault.reason})"
 
 
-async def _read_body(reply: aiohttp.ClientResponse, most: int) -> tuple[bytearray, bool]:
+async def _read_body(
+    reply: aiohttp.ClientResponse,
+    most: int,
+    wait_for_place: Callable[[], Awaitable[None]] | None = None,
+) -> tuple[bytearray, bool]:
     """The decompressed body, and whether it is complete: reading stops after `most` bytes, whether
-    they are compressed or not. Raises Fault for a body that cannot be decompressed."""
+    they are compressed or not. `wait_for_place` is awaited once, if the body turns out to be large.
+    Raises Fault for a body that cannot be decompressed."""
     encoding = reply.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         reason = (
@@ -316,6 +331,9 @@ async def _read_body(reply: aiohttp.ClientResponse, most: int) -> tuple[bytearra
             raise Fault("the reply cannot be decompressed", status=200) from None
         if max(received, len(body)) > most:
             return body[:most], False
+        if wait_for_place and len(body) > _LARGE:
+            await wait_for_place()
+            wait_for_place = None
     if inflate and not inflate.eof:
         raise Fault("the compressed reply is truncated", status=200)
     return body, True
