@@ -481,6 +481,65 @@ def test_a_full_disk_is_one_line(tmp_path, server, study_file):
     assert len(ran.stderr.splitlines()) == 1
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a file system of that many KiB, or resizes it, and returns its path."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = False
+
+    def mount(kib: int) -> Path:
+        nonlocal mounted
+        options = f"size={kib}k" + (",remount" if mounted else "")
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True, check=False
+        )
+        if made.returncode:
+            pytest.skip("mounting a tmpfs is not permitted")
+        mounted = True
+        return disk
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is of Linux")
+@pytest.mark.parametrize(
+    ("kib", "problem"),
+    [
+        (4, "free space, or use another --out"),  # no store
+        (100, "free space, or use another --out"),  # half of a schema
+        (300, "disk is full"),  # the start of a run
+        (400, "disk is full"),  # the middle
+        (800, "report.html (No space left on device): free space"),
+    ],
+)
+def test_a_run_on_a_full_disk_is_one_line_and_resumes(
+    tmp_path, server, study_file, small_disk, kib, problem
+):
+    server.answer = lambda text, body: f"{text} no" * 3
+    study = study_file(
+        targets=[{"model": "m", "url": server.url}], datasets=["guild"],
+        attacks=["direct", "base64", {"prefill": {"k": [1, 5, 20]}}],
+    )  # fmt: skip
+    out = small_disk(kib) / "out"
+    ran = command("run", study, "--out", out)
+    assert ran.status == 2
+    line = ran.err.splitlines()[-1]
+    assert line.startswith("leadline: ")
+    assert problem in line
+    if "report.html" in problem:
+        assert line.endswith(f"leadline report {out}")
+        assert error_of("report", out).startswith(f"leadline: cannot write {out}/report.html (No ")
+    small_disk(20_000)
+    assert command("run", study, "--out", out).status == 0
+    failed = Store(out).query("SELECT count(*) FROM trials WHERE outcome NOT IN ('answered', "
+                              "'not_applicable')")  # fmt: skip
+    assert failed == [(0,)]
+    assert list(out.glob(".leadline-*")) == []
+
+
 # -- plug-ins -----------------------------------------------------------------------------------
 
 

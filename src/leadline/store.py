@@ -243,6 +243,14 @@ class Store:
             if write:
                 db.executescript(_SCHEMA)
         except (sqlite3.Error, ValueError) as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+                sqlite3.SQLITE_FULL,
+                sqlite3.SQLITE_IOERR,
+            ):
+                raise LeadlineError(
+                    f"cannot write to {self.path} ({one_line(error)}): free space, or use another "
+                    "--out"
+                ) from None
             raise LeadlineError(
                 f"{self.path} cannot be opened as a store ({one_line(error)}): move the file "
                 "away, or use another --out"
