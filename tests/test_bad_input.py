@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -481,63 +482,63 @@ def test_a_full_disk_is_one_line(tmp_path, server, study_file):
     assert len(ran.stderr.splitlines()) == 1
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function that makes a file system of that many KiB, or resizes it, and returns its path."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = False
+# A program in a mount namespace of its own, whose file systems are gone when it ends.
+ON_SMALL_DISKS = """
+import json, subprocess, sys
+from pathlib import Path
+from leadline import results
+from tests.test_bad_input import command
 
-    def mount(kib: int) -> Path:
-        nonlocal mounted
-        options = f"size={kib}k" + (",remount" if mounted else "")
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True, check=False
-        )
-        if made.returncode:
-            pytest.skip("mounting a tmpfs is not permitted")
-        mounted = True
-        return disk
-
-    yield mount
-    if mounted:
-        subprocess.run(["umount", disk], check=True)
+disk, study, *sizes = sys.argv[1:]
+out = Path(disk) / "out"
+for size in sizes:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk]).returncode:
+        sys.exit(77)
+    found = [command("run", study, "--out", out), command("report", out)]
+    subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+    found.append(command("run", study, "--out", out))
+    outcomes = results(out).query("SELECT DISTINCT outcome FROM trials ORDER BY 1")
+    print(json.dumps([*found, outcomes, sorted(path.name for path in out.iterdir())]))
+    subprocess.run(["umount", "--lazy", disk], check=True)
+"""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is of Linux")
-@pytest.mark.parametrize(
-    ("kib", "problem"),
-    [
-        (4, "free space, or use another --out"),  # no store
-        (100, "free space, or use another --out"),  # half of a schema
-        (300, "disk is full"),  # the start of a run
-        (400, "disk is full"),  # the middle
-        (800, "report.html (No space left on device): free space"),
-    ],
-)
-def test_a_run_on_a_full_disk_is_one_line_and_resumes(
-    tmp_path, server, study_file, small_disk, kib, problem
-):
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare(1) of Linux")
+def test_runs_on_full_disks_are_one_line_and_resume(tmp_path, server, study_file):
     server.answer = lambda text, body: f"{text} no" * 3
     study = study_file(
         targets=[{"model": "m", "url": server.url}], datasets=["guild"],
         attacks=["direct", "base64", {"prefill": {"k": [1, 5, 20]}}],
     )  # fmt: skip
-    out = small_disk(kib) / "out"
-    ran = command("run", study, "--out", out)
-    assert ran.status == 2
-    line = ran.err.splitlines()[-1]
-    assert line.startswith("leadline: ")
-    assert problem in line
-    if "report.html" in problem:
-        assert line.endswith(f"leadline report {out}")
-        assert error_of("report", out).startswith(f"leadline: cannot write {out}/report.html (No ")
-    small_disk(20_000)
-    assert command("run", study, "--out", out).status == 0
-    failed = Store(out).query("SELECT count(*) FROM trials WHERE outcome NOT IN ('answered', "
-                              "'not_applicable')")  # fmt: skip
-    assert failed == [(0,)]
-    assert list(out.glob(".leadline-*")) == []
+    problems = {  # by the disk's size in KiB
+        4: "free space, or use another --out",  # no store
+        100: "free space, or use another --out",  # half of a schema
+        300: "disk is full",
+        400: "disk is full",  # half of the results
+        800: "report.html (No space left on device): free space",
+    }
+    (disk := tmp_path / "disk").mkdir()
+    ran = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", ON_SMALL_DISKS, disk, study,
+         *map(str, problems)],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if ran.returncode == 77 or ran.stderr.startswith("unshare: "):
+        pytest.skip("mounting a file system is not permitted")
+    assert ran.returncode == 0, ran.stderr
+    for (size, problem), line in zip(problems.items(), ran.stdout.splitlines(), strict=True):
+        (status, _, error), report, resumed, outcomes, files = json.loads(line)
+        assert status == 2, size
+        message = error.splitlines()[-1]
+        assert message.startswith("leadline: ")
+        assert problem in message
+        assert report[0] == 2
+        assert len(report[2].splitlines()) == 1
+        if size == 800:
+            assert message.endswith(f"leadline report {disk}/out")
+        assert resumed[0] == 0, resumed
+        assert outcomes == [["answered"], ["not_applicable"]]
+        assert not any("part" in file for file in files)
 
 
 # -- plug-ins -----------------------------------------------------------------------------------

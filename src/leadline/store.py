@@ -241,7 +241,7 @@ class Store:
             if tables or not write:  # a file without tables is a new store
                 _check_columns(db)
             if write:
-                db.executescript(_SCHEMA)
+                db.executescript(f"BEGIN; {_SCHEMA} COMMIT")  # a full disk leaves no half of it
         except (sqlite3.Error, ValueError) as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
                 sqlite3.SQLITE_FULL,
