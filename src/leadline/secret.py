@@ -43,9 +43,10 @@ def keep_secret(secret: str | None, shortest: int = _SHORTEST) -> None:
 
 def scrub(text: str) -> str:
     """The text with every configured secret replaced by ***."""
-    for secret in _SECRETS:
-        if secret in text:
-            text = text.replace(secret, _HIDDEN)
+    if text:
+        for secret in _SECRETS:
+            if secret in text:
+                text = text.replace(secret, _HIDDEN)
     return text
 
 

@@ -476,7 +476,9 @@ class Store:
     def _put(self, table: str, row: tuple[Any, ...]) -> None:
         if self._error:
             self._raise_error()
-        row = tuple(scrub(value) if isinstance(value, str) else value for value in row)
+        texts = "\0".join([value for value in row if isinstance(value, str)])
+        if scrub(texts) != texts:
+            row = tuple(scrub(value) if isinstance(value, str) else value for value in row)
         with self._rows_lock:
             self._rows[table].append(row)
 

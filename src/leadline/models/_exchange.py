@@ -14,11 +14,9 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -114,6 +112,23 @@ class Gate:
             if not turn.done():  # a done future was cancelled
                 self.active += 1
                 turn.set_result(None)
+
+
+class _Place:
+    """A place among the large replies that are read at the same time."""
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self._places, self.taken = places, False
+
+    async def take(self) -> None:
+        """Wait for a place."""
+        await self._places.acquire()
+        self.taken = True
+
+    def leave(self) -> None:
+        """Leave the place, if it was taken."""
+        if self.taken:
+            self._places.release()
 
 
 class Exchange:
@@ -226,10 +241,13 @@ class Exchange:
 
     async def _send_once(self, body: bytes) -> Reply:
         """Send one request without retries. Raises Fault."""
-        async with AsyncExitStack() as stack:  # holds the place of a large reply until it is parsed
-            return await self._send(body, partial(stack.enter_async_context, self._large))
+        place = _Place(self._large)
+        try:
+            return await self._send(body, place)
+        finally:
+            place.leave()
 
-    async def _send(self, body: bytes, wait_for_place: Callable[[], Awaitable[None]]) -> Reply:
+    async def _send(self, body: bytes, place: _Place) -> Reply:
         import aiohttp
 
         assert self._session
@@ -239,7 +257,7 @@ class Exchange:
                 if reply.status != 200:
                     raw = await _read_error_body(reply)
                     raise self._status_fault(reply.status, reply.headers, raw, body)
-                raw, whole = await _read_body(reply, self.limits.max_reply_bytes, wait_for_place)
+                raw, whole = await _read_body(reply, self.limits.max_reply_bytes, place)
                 content_type = reply.headers.get("Content-Type", "none")
         except TimeoutError:
             raise Fault(f"no answer within {self.limits.timeout:g} s") from None
@@ -259,7 +277,7 @@ class Exchange:
                 f"{_shown(content_type, 80)})",
                 status=200,
             ) from None
-        return _read(data, _sent_texts(body))
+        return _read(data, body)
 
     def _status_fault(
         self, status: int, headers: Mapping[str, str], raw: bytearray, body: bytes
@@ -309,11 +327,11 @@ class Exchange:
 async def _read_body(
     reply: aiohttp.ClientResponse,
     most: int,
-    wait_for_place: Callable[[], Awaitable[None]] | None = None,
+    place: _Place | None = None,
 ) -> tuple[bytearray, bool]:
     """The decompressed body, and whether it is complete: reading stops after `most` bytes, whether
-    they are compressed or not. `wait_for_place` is awaited once, if the body turns out to be large.
-    Raises Fault for a body that cannot be decompressed."""
+    they are compressed or not. A large body waits for its `place`. Raises Fault for
+    one that cannot be decompressed."""
     encoding = reply.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         reason = (
@@ -331,9 +349,8 @@ async def _read_body(
             raise Fault("the reply cannot be decompressed", status=200) from None
         if max(received, len(body)) > most:
             return body[:most], False
-        if wait_for_place and len(body) > _LARGE:
-            await wait_for_place()
-            wait_for_place = None
+        if place and not place.taken and len(body) > _LARGE:
+            await place.take()
     if inflate and not inflate.eof:
         raise Fault("the compressed reply is truncated", status=200)
     return body, True
@@ -347,26 +364,26 @@ async def _read_error_body(reply: aiohttp.ClientResponse) -> bytearray:
         return bytearray()
 
 
-def _read(data: Any, sent: Sequence[str]) -> Reply:
+def _read(data: Any, body: bytes) -> Reply:
     """Parse a chat or completions response. Raises Fault if it has no answer, whose reason repeats
-    none of the texts that were sent."""
+    no text of `body`, the request."""
     if not isinstance(data, dict):
         raise Fault("the reply is not a JSON object", status=200)
     if error := data.get("error"):
-        raise _error_fault(error, sent)
+        raise _error_fault(error, body)
     choices = data.get("choices")
     if not isinstance(choices, list) or not choices:
         raise Fault("the reply has no choices", status=200)
     try:
-        return _read_choice(choices[0], data.get("usage"), sent)
+        return _read_choice(choices[0], data.get("usage"), body)
     except (KeyError, TypeError, AttributeError):
         raise Fault("the reply has no message with text", status=200) from None
 
 
-def _read_choice(choice: dict[str, Any], usage: Any, sent: Sequence[str]) -> Reply:
+def _read_choice(choice: dict[str, Any], usage: Any, body: bytes) -> Reply:
     """Parse a choice. Raises Fault if it has no answer, built-in errors for a wrong structure."""
     if error := choice.get("error"):
-        raise _error_fault(error, sent)
+        raise _error_fault(error, body)
     finish = choice.get("finish_reason") or ""
     if finish in _TRANSIENT:
         raise Fault(f"the server ended the reply with finish_reason {finish}", status=200)
@@ -411,12 +428,12 @@ def _error(detail: Any) -> tuple[str, str]:
     return next(known, ""), str(detail.get("message") or detail)
 
 
-def _error_fault(error: Any, sent: Sequence[str]) -> Fault:
+def _error_fault(error: Any, body: bytes) -> Fault:
     """The Fault for an error object in a reply of status 200. Its `code` may be an HTTP status."""
     code, message = _error(error)
     status = error.get("code") if isinstance(error, dict) else None
     permanent = isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED
-    reason = f"the reply is an error: {_shown(hide(scrub(message), *sent))}"
+    reason = f"the reply is an error: {_shown(hide(scrub(message), *_sent_texts(body)))}"
     return Fault(reason, not (code or permanent), status=200, code=code)
 
 
