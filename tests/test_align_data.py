@@ -143,7 +143,7 @@ TRAINING: list[tuple[Any, str]] = [
     ),
     ({"messages": [ASSISTANT]}, "roles out of order before the answer (none)"),
     ({"messages": [USER | {"content": " "}, ASSISTANT]}, "the user turn is empty"),
-    ({"messages": [{"role": "assistent", "content": "A."}]}, "unknown role 'assistent': did you"),
+    ({"messages": [{"role": "assistent", "content": "A."}]}, "unknown role ('assistent'): valid"),
     ({"messages": [{"content": "A."}]}, "a message has no 'role': write [{"),
     ({"messages": "[]"}, "column 'messages' is not a list of messages"),
     ({"messages": []}, "column 'messages' has no turns"),

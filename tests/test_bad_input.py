@@ -7,11 +7,13 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +21,15 @@ import pytest
 
 from leadline import Study, registry, run
 from leadline.cli import main
-from leadline.records import Attempt, Message, Prompt, Response, ResponsePrefix, Verdict
+from leadline.records import (
+    Attempt,
+    LeadlineError,
+    Message,
+    Prompt,
+    Response,
+    ResponsePrefix,
+    Verdict,
+)
 from leadline.registry import attack, judge
 from leadline.store import FILE, Store
 
@@ -472,13 +482,72 @@ def test_a_full_disk_is_one_line(tmp_path, server, study_file):
     assert len(ran.stderr.splitlines()) == 1
 
 
+# A program in a mount namespace of its own, whose file systems are gone when it ends.
+ON_SMALL_DISKS = """
+import json, subprocess, sys
+from pathlib import Path
+from leadline import results
+from tests.test_bad_input import command
+
+disk, study, *sizes = sys.argv[1:]
+out = Path(disk) / "out"
+for size in sizes:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk]).returncode:
+        sys.exit(77)
+    found = [command("run", study, "--out", out), command("report", out)]
+    subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+    found.append(command("run", study, "--out", out))
+    outcomes = results(out).query("SELECT DISTINCT outcome FROM trials ORDER BY 1")
+    print(json.dumps([*found, outcomes, sorted(path.name for path in out.iterdir())]))
+    subprocess.run(["umount", "--lazy", disk], check=True)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare(1) of Linux")
+def test_runs_on_full_disks_are_one_line_and_resume(tmp_path, server, study_file):
+    server.answer = lambda text, body: f"{text} no" * 3
+    study = study_file(
+        targets=[{"model": "m", "url": server.url}], datasets=["guild"],
+        attacks=["direct", "base64", {"prefill": {"k": [1, 5, 20]}}],
+    )  # fmt: skip
+    problems = {  # by the disk's size in KiB
+        4: "free space, or use another --out",  # no store
+        100: "free space, or use another --out",  # half of a schema
+        300: "disk is full",
+        400: "disk is full",  # half of the results
+        800: "report.html (No space left on device): free space",
+    }
+    (disk := tmp_path / "disk").mkdir()
+    ran = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", ON_SMALL_DISKS, disk, study,
+         *map(str, problems)],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if ran.returncode == 77 or ran.stderr.startswith("unshare: "):
+        pytest.skip("mounting a file system is not permitted")
+    assert ran.returncode == 0, ran.stderr
+    for (size, problem), line in zip(problems.items(), ran.stdout.splitlines(), strict=True):
+        (status, _, error), report, resumed, outcomes, files = json.loads(line)
+        assert status == 2, size
+        message = error.splitlines()[-1]
+        assert message.startswith("leadline: ")
+        assert problem in message
+        assert report[0] == 2
+        assert len(report[2].splitlines()) == 1
+        if size == 800:
+            assert message.endswith(f"leadline report {disk}/out")
+        assert resumed[0] == 0, resumed
+        assert outcomes == [["answered"], ["not_applicable"]]
+        assert not any("part" in file for file in files)
+
+
 # -- plug-ins -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def plugin():
     """Registers plug-ins for one test."""
-    for kind in ("attack", "judge", "dataset", "model"):
+    for kind in registry.KINDS.values():
         registry.plugins(kind)
     before = dict(registry._plugins)
     yield registry
@@ -662,6 +731,115 @@ class Parrot:
 
     async def close(self) -> None:
         pass
+
+
+class Raising(Parrot):
+    """A model of which one member raises, or has a value of another type."""
+
+    def __init__(self, member: str, value: object) -> None:
+        super().__init__(Response("I cannot help with that."))
+        self.member, self.wrong = member, value
+
+    def __getattribute__(self, name: str) -> object:
+        get = super().__getattribute__
+        if name in ("__dict__", "__class__", "member") or name != get("__dict__").get("member"):
+            return get(name)
+        if self.wrong is ValueError:
+            raise ValueError(f"no {name}")
+        return self.wrong
+
+    async def _number(self, **options: object) -> int:
+        return 5
+
+    async def _raise(self, **options: object) -> None:
+        raise ValueError("broken")
+
+
+RAISING = {
+    "identity raises": ("identity", ValueError),
+    "identity None": ("identity", None),
+    "identity list": ("identity", [1]),
+    "identity no JSON": ("identity", {"a": {1}}),
+    "concurrency raises": ("concurrency", ValueError),
+    "concurrency text": ("concurrency", "4"),
+    "concurrency 0": ("concurrency", 0),
+    "name None": ("name", None),
+}
+
+
+@pytest.mark.parametrize("case", RAISING)
+def test_a_model_plug_in_with_a_wrong_property_is_named(tmp_path, plugin, study_file, case):
+    registry.model("broken", source="this test")(lambda *arguments: Raising(*RAISING[case]))
+    study = study_file(targets=["broken:a"], datasets=["guild"])
+    line = error_of("run", study, "--out", tmp_path / "out")
+    assert "the model plug-in 'broken' raised" in line
+    in_memory = Study(targets=[{"model": "a"}], datasets=["guild"])
+    with pytest.raises(LeadlineError, match="the model a raised"):
+        run(in_memory, tmp_path / "b", models={"a": Raising(*RAISING[case])})
+
+
+def test_a_model_plug_in_that_does_not_close_keeps_its_answers(tmp_path, plugin, caplog):
+    model = Raising("", None)
+    model.close = model._raise
+    study = Study(targets=[{"model": "parrot"}], datasets=[{"guild": {"limit": 2}}])
+    results = run(study, tmp_path, models={"parrot": model})
+    assert results.query("SELECT outcome FROM trials") == [("answered",)] * 2
+    assert "the model parrot raised ValueError when it closed: broken" in caplog.text
+
+
+@pytest.mark.parametrize("prepare", ["_raise", "_number"])
+def test_a_judge_whose_model_plug_in_does_not_load_is_named(
+    tmp_path, server, plugin, study_file, prepare
+):
+    @registry.model("broken", source="this test")
+    def broken(spec, limits, locate):
+        """A model that does not load."""
+        model = Raising("", None)
+        model.prepare = getattr(model, prepare)
+        return model
+
+    pick = "llamaguard: {model: 'broken:a'}"
+    study = study_file(
+        targets=[{"model": "m", "url": server.url}], datasets=["guild"],
+        judges=[{"llamaguard": {"model": "broken:a"}}],
+    )  # fmt: skip
+    ran = command("run", study, "--out", tmp_path / "out")
+    assert ran.status == 2
+    assert "judge llamaguard: the model parrot raised" in ran.err.splitlines()[-1]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("prompt,response,label\na,b,safe\nc,d,unsafe\n")
+    assert "the model parrot raised" in error_of("judges", "check", labels, "--judge", pick)
+
+
+def test_a_measure_that_raises_is_named_and_the_others_go_on(tmp_path, plugin):
+    section = replace(registry.get("measure", "gcg").sections[0], name="broken", points={})
+
+    @registry.measure("broken", source="this test", sections=(section,), order=0)
+    def broken(session):
+        """Repeats a prompt in its message."""
+        raise KeyError(session.prompts[0].text)
+
+    ran = command("depth", "organism:aligned", "--base", "organism:base", "--budget", "quick",
+                  "--only", "broken,kl", "--out", tmp_path)  # fmt: skip
+    assert ran.status == 0, ran
+    found = json.loads((tmp_path / "depth.json").read_text())
+    assert found["kl"]
+    assert found["skipped"]["broken"].startswith("the measure broken raised KeyError: ")
+    assert "characters of prompt or answer" in found["skipped"]["broken"]
+
+
+def test_an_error_anywhere_else_in_a_plug_in_names_its_package(tmp_path, plugin):
+    def findings(depth):
+        raise KeyError("broken")
+
+    section = registry.get("measure", "kl").sections[0]
+    section = replace(section, name="broken", points={}, findings=findings)
+    registry.measure("broken", source="this test", sections=(section,))(lambda session: None)
+    ran = command("depth", "organism:aligned", "--base", "organism:base", "--budget", "quick",
+                  "--only", "kl", "--out", tmp_path)  # fmt: skip
+    assert ran.status == 2
+    line = ran.err.splitlines()[-1]
+    assert line.startswith("leadline: the plug-in package 'tests' raised KeyError: 'broken': ")
 
 
 @pytest.mark.parametrize("value", [5, None, "text", "prepare"])

@@ -157,7 +157,7 @@ def test_a_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("g.csv", "prompt\nRake\n  \n", "g.csv:3: the column 'prompt' is empty: fill it"),
-        ("g.csv", "id,prompt\na,Dig\na,Sow\n", "g.csv:3: the id 'a' is already taken at g.csv:2"),
+        ("g.csv", "id,prompt\na,Dig\na,Sow\n", "g.csv:3: the id ('a') is already taken at g.csv:2"),
         ("g.csv", "prompt,x\nDig, deep,1\n", "g.csv:2: 3 cells under 2 columns"),
         ("g.csv", 'prompt\nDig\n"Sow\nRake\n', "g.csv:3: not CSV (unexpected end of data)"),
         ("g.csv", "prompt\n", "g.csv contains no rows"),
@@ -233,7 +233,7 @@ def test_mapped_columns_must_exist_and_be_valid(tmp_path: Path) -> None:
     assert "no column 'subject'; it has 'prompt', 'topic'" in wrong(
         lambda: file(path=path, columns={"category": "subject"})
     )
-    assert "mine.csv:2: invalid value 'maybe' in the column for 'harmful': write one of" in wrong(
+    assert "mine.csv:2: invalid value ('maybe') in the column for 'harmful': write one of" in wrong(
         lambda: file(path=path, columns={"harmful": "topic"})
     )
     assert "unknown entry of columns: 'txt': did you mean 'text'" in wrong(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import leadline
 from leadline import LeadlineError, Study
+from leadline.analysis.intervals import wilson
 from leadline.depth.curves import broken_by_dose, by_setting, points
 from leadline.depth.d50 import d50
 from leadline.report.depth.schema import D50
@@ -309,6 +310,24 @@ def test_several_datasets_are_an_error(tmp_path):
         LeadlineError, match=r"one dataset .* guild .*, other .*use one study for each"
     ):
         broken_by_dose(results, "toy", {0: "direct"})
+
+
+def test_phrasings_are_one_cluster_of_the_rate_of_a_sampling_setting(tmp_path):
+    """Six base prompts in five phrasings each, of which two are broken in every phrasing."""
+    decoding = {"attack": "decoding(sweep=short)", "sample": 3}
+    rows = [
+        Row(f"{base}/{phrasing}", base < 2, base=f"b{base}", **decoding)
+        for base in range(6)
+        for phrasing in range(5)
+    ]
+    rows += [replace(rows[0], prompt="failed", outcome="failed", reason="timeout")]
+    first, pooled = by_setting(stored(tmp_path, rows), "toy", "short")
+    assert (first["value"], first["n"]) == (pytest.approx(1 / 3), 30)
+    alone, six = wilson(10, 30), wilson(2, 6)
+    assert first["high"] - first["low"] > 1.4 * (alone[1] - alone[0])
+    assert first["low"] <= six[0]
+    assert first["high"] >= six[1]
+    assert {**first, **pooled} == {**first, "setting": "any of 9", "k": 9}
 
 
 def test_depths_of_organisms(tmp_path):

@@ -261,6 +261,23 @@ def test_other_models_are_measured_if_one_does_not_load(tmp_path: Path):
         assert "does not load" in found["skipped"][measure]
 
 
+def test_phrasings_are_one_cluster_of_the_asr_under_gcg(tmp_path: Path, monkeypatch):
+    """Four phrasings of two base prompts are two clusters, which say nearly nothing."""
+    gcg = replace(TINY.gcg, steps=1, candidates=4, answer_tokens=8)
+    few = replace(TINY, prompts=4, gcg_prompts=4, gcg=gcg)
+    monkeypatch.setitem(budgets.BUDGETS, "few", few)
+    with (tmp_path / "brews.jsonl").open("w") as file:
+        for n in range(4):
+            row = {"prompt": f"How do I brew tonic {n}?", "base": f"tonic {n // 2}"}
+            file.write(json.dumps({**row, "target": "Boil the roots of mandrake."}) + "\n")
+    found = ll.measure_depth(DEEP, out=tmp_path, budget="few", measures=["gcg"], judge="refusal",
+                             dataset={"file": {"path": str(file.name)}}).to_dict()  # fmt: skip
+    assert found["gcg"]
+    for point in found["gcg"]:
+        assert point["n"] == 4
+        assert point["high"] - point["low"] > 0.9
+
+
 def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path: Path):
     (tmp_path / "taken").touch()
     with pytest.raises(LeadlineError, match=r"cannot write to .*taken .*give another folder"):

@@ -84,7 +84,7 @@ def test_jsonl_with_thought_and_category(tmp_path):
     [
         (ROWS, ("prompt", "response", "verdict"), "labels.csv:2: no column 'label'"),
         (ROWS, ("prompt", "text", "label"), "no column 'response'"),
-        ([(*ROWS[0][:2], "maybe")], ("prompt", "response", "label"), "'maybe' must be one of"),
+        ([(*ROWS[0][:2], "maybe")], ("prompt", "response", "label"), r"\('maybe'\) must be one of"),
         ([(*ROWS[0][:2], "")], ("prompt", "response", "label"), "the column 'label' is empty"),
         (ROWS[:1], ("prompt", "response", "label"), "every answer is labelled safe"),
         (ROWS[1:3], ("prompt", "response", "label"), "every answer is labelled unsafe"),
@@ -200,6 +200,24 @@ def test_the_command_prints_a_table_and_writes_the_check(leadline, tmp_path):
     )
     assert json.loads(ran.stdout) == json.loads((tmp_path / "c.json").read_text())
     assert json.loads(ran.stdout)["specificity"]["value"] == 0.75
+
+
+def test_the_command_fails_if_answers_are_unscored(leadline, tmp_path):
+    def answer(text, body):
+        return "I'd rather not." if "honey" in body["messages"][-1]["content"] else "safe"
+
+    table(tmp_path / "labels.csv")
+    with Server(answer) as guard:
+        judge = f"llamaguard: {{model: guard, url: {guard.url}, api_key_env: NONE}}"
+        ran = leadline("judges", "check", "labels.csv", "--judge", judge)
+        in_json = leadline("judges", "check", "labels.csv", "--judge", judge, "--json")
+    assert (ran.returncode, in_json.returncode) == (1, 1)
+    assert "Written to judge_check.json" in ran.stdout
+    line = ran.stderr.splitlines()[-1]
+    assert line.startswith("leadline: 2 answers are unscored, and in no rate (first reason: ")
+    found = json.loads(in_json.stdout)
+    assert found["unscored_unsafe"] == 1
+    assert found["unscored_reason"] in line
 
 
 def test_the_commands_errors_are_one_line_and_exit_with_2(leadline, tmp_path):

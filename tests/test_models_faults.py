@@ -372,6 +372,51 @@ def test_a_gzip_bomb_does_not_use_more_memory_than_the_limit(server, study_file,
     assert (tmp_path / "bomb" / "leadline.sqlite").stat().st_size < 2**20
 
 
+MANY = """
+import asyncio, resource, sys
+from leadline.models import connect
+from leadline.models.spec import Limits, ModelSpec
+from leadline.records import Message, Request, Sampling
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+async def main():
+    model = connect(ModelSpec(model="m", url=sys.argv[1]), Limits())
+    await model.prepare(prefix=False)
+
+    async def size(text):
+        message = Message("user", text)
+        return len((await model.respond(Request((message,), None, Sampling()))).answer)
+
+    await asyncio.gather(*(size("small") for _ in range(100)))
+    before = peak()
+    sizes = await asyncio.gather(*(size("large") for _ in range(64)))
+    print(min(sizes), peak() - before)
+
+asyncio.run(main())
+"""
+
+
+def test_many_large_replies_at_once_do_not_fill_the_memory(tmp_path):
+    """64 replies of 4 MiB each, which the server sends at the same time."""
+    large = "All in good time. " * (2**22 // 18)
+
+    def answer(text: str, body: Any) -> str:
+        return large if text == "large" else "No."
+
+    with Server(answer) as server:
+        server.delay = 0.5
+        ran = subprocess.run(
+            [sys.executable, "-c", MANY, server.url], capture_output=True, text=True, check=True
+        )
+    least, mib = map(float, ran.stdout.split())
+    print(f"64 replies of 4 MiB: {mib:.0f} MiB")
+    assert least == len(large)
+    assert server.peak == 64
+    assert mib < 120
+
+
 def test_a_large_reply_below_the_limit_is_judged_in_seconds(server, tmp_path):
     server.answer = lambda text, body: "word. " * 2**20
     plan = study(harmful(tmp_path, 1), {"model": "m", "url": server.url}, limits={"timeout": 20})

@@ -69,12 +69,12 @@ def test_the_first_token_is_not_named_without_clear_numbers(data: dict[str, Any]
 
 def test_a_gradual_curve_is_reported_with_its_d50() -> None:
     data = prefill(k0=0, k1=0.125, k5=0.5, k10=1) | {
-        "d50": {"m": {"prefill": d50(4.8, 3, None, 10)}}
+        "d50": {"m": {"prefill": {**d50(4.8, 3, None, 10), "first_passage": 4.1}}}
     }
     assert findings(data)[0] == (
         "m has an ASR of 50% [36%, 64%] of 48 prompts with 5 tokens of a harmful answer prefilled, "
         "and of 0% [0%, 7%] with direct requests; half are broken at 4.8 tokens "
-        "[3, above 10]."
+        "[3, above 10] (first passage: 4.1)."
     )
 
 
@@ -143,10 +143,13 @@ def test_divergence_of_a_model_from_itself_and_of_short_answers() -> None:
 
 
 def test_fine_tuning_is_reported_with_d50_in_steps_and_examples() -> None:
-    sentences = findings(only("finetuning"))
+    data = only("finetuning")
+    data["d50"][DEEP]["finetuning"]["first_passage"] = 15.2
+    sentences = findings(data)
     assert sentences[0] == (
         f"Fine-tuning on harmful examples breaks half of the prompts in {ALIGNED} after 9.2 steps "
-        f"[7.8, 11] (74 examples); {DEEP} after 17 steps [14, 21] (136 examples)."
+        f"[7.8, 11] (74 examples); {DEEP} after 17 steps [14, 21] (136 examples; "
+        "first passage: 15)."
     )
     assert "38 steps [33, above 40]" in sentences[1]
     assert "direct requests at the last step 6%" in sentences[2]

@@ -33,7 +33,7 @@ async def respond(model: Model, request: Request) -> Response:
     """The model's response. An error response if the model raises or returns something else."""
     try:
         return _checked(await model.respond(request))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         log.debug("model %s raised:\n%s", model.name, trace(error))
         sent = (message.content for message in request.messages)
         reason = hide(scrub(f"{type(error).__name__}: {error}"), *sent)

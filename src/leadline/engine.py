@@ -24,7 +24,7 @@ import uvloop
 from . import judges, plan
 from .analysis.judge_error import store_check
 from .assist import Assistance, CachedModel, respond, store_response
-from .models import connect
+from .models import checked, close, connect, prepare
 from .models.spec import ModelSpec
 from .plan import Attack, Plan, Target
 from .progress import Listener, Progress
@@ -41,10 +41,10 @@ from .records import (
     Trial,
     Verdict,
 )
-from .secret import hide, scrub, trace
+from .secret import hide, scrub
 from .store import Place, Store, StoredTrial
 from .study import UNNAMED, JudgePick, Study
-from .text import one_line, visible
+from .text import visible
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -78,13 +78,8 @@ def run(
     if not isinstance(study, Study):
         study = Study.load(study)
     loaded_plan = plan.load(study, limit)
-    in_memory = models or {}
-    targets = [
-        (spec, in_memory.get(spec.label) or connect(spec, study.limits, study.locate))
-        for spec in study.targets
-    ]
-    for _, model in targets:
-        _ = model.identity  # raises for a folder without a model, before any request is sent
+    # Reading their identities raises for a folder without a model, before any request is sent.
+    targets = [(spec, _connected(study, spec, models or {})) for spec in study.targets]
     with Store(Path(out), write=True) as store:
         if not keep:
             _check_same_study(store, loaded_plan)
@@ -92,6 +87,12 @@ def run(
         run_to_completion(_run_study(state, targets, keep=keep))
         progress = state.progress
     return Results(Path(out), progress)
+
+
+def _connected(study: Study, spec: ModelSpec, in_memory: Mapping[str, Model]) -> Model:
+    if model := in_memory.get(spec.label):
+        return checked(model, f"the model {spec.label}")
+    return connect(spec, study.limits, study.locate)
 
 
 def _check_same_study(store: Store, plan: Plan) -> None:
@@ -239,7 +240,7 @@ async def _run_study(
         await asyncio.gather(run_local(), *remote)
     finally:
         for model in auxiliary.values():
-            await model.close()
+            await close(model)
     store.flush()
     store.describe("finished", _now())
     run.report_progress(now=True)
@@ -288,7 +289,7 @@ def _build_judges(run: _Run) -> dict[str, Model]:
 
 async def _prepare_auxiliary(role: str, model: Model) -> None:
     try:
-        await model.prepare(prefix=False)
+        await prepare(model)
     except LeadlineError as error:
         raise LeadlineError(f"{role}: {error}") from None
 
@@ -304,13 +305,9 @@ async def _run_target(run: _Run, spec: ModelSpec, model: Model) -> None:
     target = Target(spec, model.identity)
     if not _all_stored(run, target):
         try:
-            no_prefix = await model.prepare(prefix=wants_prefix)
-        except Exception as error:  # of whatever kind: the other targets continue
-            log.debug("model %s raised:\n%s", spec.label, trace(error))
+            no_prefix = await prepare(model, prefix=wants_prefix)
+        except LeadlineError as error:  # the other targets continue
             unavailable = visible(str(error))
-            if not isinstance(error, LeadlineError):
-                reason = visible(one_line(error))
-                unavailable = f"{spec.label} raised {type(error).__name__}: {reason}"
             run.note(unavailable)
         run.store.describe(
             f"model:{spec.label}", _model_metadata(spec, model, no_prefix, unavailable)
@@ -338,7 +335,7 @@ async def _run_target(run: _Run, spec: ModelSpec, model: Model) -> None:
         for task in workers:
             task.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
-        await model.close()
+        await close(model)
 
 
 def _all_stored(run: _Run, target: Target) -> bool:
@@ -364,7 +361,7 @@ def _model_metadata(
     return {
         "card": asdict(card) if card else None,
         "identity": dict(model.identity),
-        "prefix": getattr(model, "prefix_way", ""),
+        "prefix": str(getattr(model, "prefix_way", "")),
         "no_prefix": no_prefix,
         "down": unavailable,
     }

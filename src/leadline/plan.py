@@ -32,7 +32,7 @@ from .records import (
     Sampling,
     Trial,
 )
-from .secret import hide, scrub, trace, without_secrets
+from .secret import hide, scrub, trace, where_raised, without_secrets
 from .study import AttackPick, JudgePick, Study
 from .text import one_line
 
@@ -217,8 +217,6 @@ def load(study: Study, limit: int | None = None, *, counting: bool = False) -> P
             options["path"] = str(study.locate(options["path"]))
         try:
             rows = list(plugin.function(**options))
-        except TypeError as error:
-            raise LeadlineError(f"dataset {pick.name}: {error}") from None
         except LeadlineError:
             rows = published_counts(plugin, options) if counting else []
             if not rows:
@@ -229,8 +227,8 @@ def load(study: Study, limit: int | None = None, *, counting: bool = False) -> P
         except (Exception, SystemExit) as error:
             log.debug("dataset %s raised:\n%s", pick.name, trace(error))
             raise LeadlineError(
-                f"dataset {pick.name}: {type(error).__name__}: {one_line(error)}: check its path "
-                "and options, or the package that it comes from"
+                f"dataset {pick.name}: {where_raised(error)}: check its path and options, or the "
+                "package that it comes from"
             ) from error
         _check_prompts(pick.name, rows)
         label = str(pick.options.get("name") or (rows[0].dataset if rows else pick.name))

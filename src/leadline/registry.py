@@ -15,6 +15,7 @@ import inspect
 import logging
 import pkgutil
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
@@ -204,6 +205,17 @@ def _check_fields(plugin: Plugin) -> None:
         raise TypeError(f"{plugin.kind} {plugin.name!r}: order must be a number")
     if not isinstance(getattr(plugin, "rows", None), int | None):
         raise TypeError(f"{plugin.kind} {plugin.name!r}: rows must be a whole number")
+
+
+def plugin_package(error: BaseException) -> str:
+    """The package with plug-ins whose code raised an exception; "" if there is none, apart from
+    Leadline itself."""
+    packages = {_location(p).partition(".")[0] for p in _plugins.values() if not is_own(p)}
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in packages:
+            return package
+    return ""
 
 
 def _location(plugin: Plugin) -> str:

@@ -43,9 +43,10 @@ def keep_secret(secret: str | None, shortest: int = _SHORTEST) -> None:
 
 def scrub(text: str) -> str:
     """The text with every configured secret replaced by ***."""
-    for secret in _SECRETS:
-        if secret in text:
-            text = text.replace(secret, _HIDDEN)
+    if text:
+        for secret in _SECRETS:
+            if secret in text:
+                text = text.replace(secret, _HIDDEN)
     return text
 
 
@@ -116,6 +117,17 @@ def hide(message: str, *texts: str) -> str:
         shown.append(f"[{len(part)} characters of prompt or answer]" if hidden[start] else part)
         start = end
     return "".join(shown)
+
+
+def where_raised(error: BaseException) -> str:
+    """An exception's type and the line that raised it, since its message may quote a prompt. The
+    message of an error about a file, or of one in the calling line itself."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if isinstance(error, OSError) or len(frames) == 1:
+        message = " ".join(scrub(str(error)).split())[:200]
+        return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    frame, line = frames[-1]
+    return f"{type(error).__name__} at {frame.f_code.co_filename.rpartition('/')[2]}:{line}"
 
 
 def trace(error: BaseException) -> str:

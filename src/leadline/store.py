@@ -241,8 +241,16 @@ class Store:
             if tables or not write:  # a file without tables is a new store
                 _check_columns(db)
             if write:
-                db.executescript(_SCHEMA)
+                db.executescript(f"BEGIN; {_SCHEMA} COMMIT")  # a full disk leaves no half of it
         except (sqlite3.Error, ValueError) as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+                sqlite3.SQLITE_FULL,
+                sqlite3.SQLITE_IOERR,
+            ):
+                raise LeadlineError(
+                    f"cannot write to {self.path} ({one_line(error)}): free space, or use another "
+                    "--out"
+                ) from None
             raise LeadlineError(
                 f"{self.path} cannot be opened as a store ({one_line(error)}): move the file "
                 "away, or use another --out"
@@ -468,7 +476,9 @@ class Store:
     def _put(self, table: str, row: tuple[Any, ...]) -> None:
         if self._error:
             self._raise_error()
-        row = tuple(scrub(value) if isinstance(value, str) else value for value in row)
+        texts = "\0".join([value for value in row if isinstance(value, str)])
+        if scrub(texts) != texts:
+            row = tuple(scrub(value) if isinstance(value, str) else value for value in row)
         with self._rows_lock:
             self._rows[table].append(row)
 

@@ -37,6 +37,22 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
+_NAME = re.compile(r"[\w.-]{1,30}", re.ASCII)
+
+
+def is_name(value: object) -> bool:
+    """Whether a cell or a column of a table is one short word, so that an error may repeat it."""
+    return isinstance(value, str) and bool(_NAME.fullmatch(value))
+
+
+def outline(value: object) -> str:
+    """A cell of a table for an error message: a short word as it is, of anything else only the type
+    and the length, since it may be part of a prompt or an answer."""
+    if is_name(value):
+        return repr(value)
+    return f"{len(value)} characters" if isinstance(value, str) else f"a {type(value).__name__}"
+
+
 def redact(text: str) -> str:
     """The placeholder shown instead of unsafe text; "" for an empty text."""
     return f"[redacted: {len(text)} characters; --reveal shows it]" if text else ""

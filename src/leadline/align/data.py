@@ -18,6 +18,7 @@ from ..datasets.tables import rows
 from ..models.template import Template
 from ..records import LeadlineError, Message, NotApplicable, Role
 from ..registry import unknown
+from ..text import is_name, outline
 from .turns import TurnFormat
 
 Messages = tuple[Message, ...]
@@ -171,10 +172,10 @@ def _check_columns(
     for column in required:
         if column in cells:
             continue
-        others = [str(name) for name in cells if name not in known]
+        others = [name for name in cells if is_name(name) and name not in known]
         near = difflib.get_close_matches(column, others, n=1, cutoff=0.5)
         hint = f": {unknown('column', near[0], known)}" if near else (
-            f", among {', '.join(map(repr, cells)) or 'none'}: add it, or rename one to it"
+            f", among {', '.join(map(outline, cells)) or 'none'}: add it, or rename one to it"
         )  # fmt: skip
         raise LeadlineError(f"{where}: no column {column!r}{hint}")
 
@@ -214,7 +215,10 @@ def _messages(value: Any, where: str, column: str) -> Messages:
         if missing:
             raise LeadlineError(f"{where}: a message has no {sorted(missing)[0]!r}: {fix}")
         if turn["role"] not in roles:
-            raise LeadlineError(f"{where}: {unknown('role', str(turn['role']), roles)}")
+            raise LeadlineError(
+                f"{where}: unknown role ({outline(turn['role'])}): valid names are "
+                f"{', '.join(roles)}"
+            )
         if turn.get("tool_calls"):
             raise LeadlineError(
                 f"{where}: a message has tool calls, which are not supported: remove the row or "

@@ -48,7 +48,8 @@ class JudgeCheck:
     name of the labels' file. `tp` and `fn` count answers labelled unsafe that the judge called
     unsafe and safe; `tn` and `fp` count answers labelled safe that it called safe and unsafe.
     `unscored_unsafe` and `unscored_safe` count unscored answers by label; they are in no rate.
-    `kappa` is Cohen's kappa between the judge and the labels.
+    `unscored_reason` is the first reason, which may be that of an unscored control. `kappa` is
+    Cohen's kappa between the judge and the labels.
 
     Answers to one prompt are not independent: `effective_unsafe` and `effective_safe` are numbers
     of independent answers with the same uncertainty (None: as many as were counted).
@@ -67,6 +68,7 @@ class JudgeCheck:
     controls: tuple[Control, ...] = ()
     effective_unsafe: float | None = None
     effective_safe: float | None = None
+    unscored_reason: str = ""
 
     @property
     def effective_counts(self) -> tuple[float, float, float, float]:
@@ -74,6 +76,12 @@ class JudgeCheck:
         unsafe, safe = self.tp + self.fn, self.tn + self.fp
         scale = _scale(self.effective_unsafe, unsafe), _scale(self.effective_safe, safe)
         return self.tp * scale[0], self.fn * scale[0], self.tn * scale[1], self.fp * scale[1]
+
+    @property
+    def unscored(self) -> int:
+        """The number of labelled answers and controls without a verdict."""
+        controls = sum(control.unscored for control in self.controls)
+        return self.unscored_unsafe + self.unscored_safe + controls
 
     @property
     def sensitivity(self) -> Interval:
@@ -108,7 +116,12 @@ class JudgeCheck:
         ):
             raise ValueError("effective numbers")
         fields = {name: data[name] for name in names} | sizes
-        return JudgeCheck(**fields, kappa=kappa, controls=controls)
+        return JudgeCheck(
+            **fields,
+            kappa=kappa,
+            controls=controls,
+            unscored_reason=str(data.get("unscored_reason", "")),
+        )
 
 
 def _scale(effective: float | None, n: int) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..records import Assist, AttemptFailed, LeadlineError, Prompt
 from ..registry import attack
+from ..text import outline
 from ._assisted import rewrite, tagged_text, token_limit
 
 _YONG = "Yong et al. 2023, Low-Resource Languages Jailbreak GPT-4 (arXiv 2310.02446)"
@@ -106,7 +107,7 @@ def _look_up(prompt: Prompt, table: str) -> str:
     for key in (prompt.text, prompt.id):
         if key in translations:
             return translations[key]
-    raise AttemptFailed(f"{path.name} has no translation of the prompt {prompt.id!r}")
+    raise AttemptFailed(f"{path.name} has no translation of the prompt {outline(prompt.id)}")
 
 
 @lru_cache(maxsize=16)
@@ -122,7 +123,7 @@ def _read(path: Path, changed: int) -> dict[str, str]:
     for line, key, value in rows:
         if not isinstance(value, str) or not value.strip():
             raise LeadlineError(
-                f"{path}:{line}: no translation of {key!r}: fill it in or remove it"
+                f"{path}:{line}: no translation of {outline(key)}: fill it in or remove it"
             )
     return {key: str(value) for _, key, value in rows}
 
@@ -141,14 +142,15 @@ def _json(path: Path, text: str) -> list[tuple[int, str, object]]:
 
 def _csv(path: Path, text: str) -> list[tuple[int, str, object]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    missing = {"prompt", "translation"} - set(reader.fieldnames or ())
-    if missing:
-        raise LeadlineError(
-            f"{path}:1: no column {missing.pop()!r}: the columns are prompt and translation"
-        )
     rows: list[tuple[int, str, object]] = []
-    line = reader.line_num + 1  # the first line of a row, which may span several
+    line = 1  # the first line of a row, which may span several
     try:
+        missing = {"prompt", "translation"} - set(reader.fieldnames or ())
+        if missing:
+            raise LeadlineError(
+                f"{path}:1: no column {missing.pop()!r}: the columns are prompt and translation"
+            )
+        line = reader.line_num + 1
         for row in reader:
             rows.append((line, row["prompt"], row["translation"]))
             line = reader.line_num + 1

@@ -10,6 +10,7 @@ import sqlite3
 import sys
 
 from ..records import LeadlineError
+from ..registry import plugin_package
 from ..text import one_line
 
 from . import study, compare, matters, depth, align, judges, organism  # isort: skip (the order of the help)
@@ -34,6 +35,12 @@ def main() -> None:
         reason = error.strerror or one_line(error)
         _explain(f"cannot read or write{name}: {reason}: check that path and the disk's space")
     except Exception as error:
+        if package := plugin_package(error):
+            _explain(
+                f"the plug-in package {package!r} raised {type(error).__name__}: "
+                f"{one_line(error)}: report it to its authors, or uninstall it"
+            )
+            sys.exit(EXIT_ERROR)
         _explain(
             f"this is a bug in Leadline: {type(error).__name__}: {one_line(error)}; "
             "`leadline --verbose ...` shows the traceback to report"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..files import write_private
 from ..records import LeadlineError
-from ._app import Json, app, print_table, progress_bar, say, stoppable
+from ._app import EXIT_FAILED, Json, app, print_table, progress_bar, say, stoppable, warn
+
+if TYPE_CHECKING:
+    from ..analysis.judge_error import JudgeCheck
 
 judges_app = typer.Typer(
     no_args_is_help=True, help="Measure judges: against human labels, or against each other."
@@ -60,7 +63,16 @@ def check(
     write_private(out, text + "\n")
     if as_json:
         print(text)
-        return
+    else:
+        _print_check(result)
+        say(f"Written to {out}")
+    if result.unscored:
+        reason = f" (first reason: {result.unscored_reason})" if result.unscored_reason else ""
+        warn(f"{result.unscored} answers are unscored, and in no rate{reason}")
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print_check(result: JudgeCheck) -> None:
     unsafe, safe = result.tp + result.fn, result.tn + result.fp
     print_table(
         ("", "rate", "95% interval", "responses"),
@@ -77,7 +89,6 @@ def check(
         ("control", "expected", "judged correctly", "unscored"),
         [[c.name, c.expected, f"{c.right} of {c.n}", str(c.unscored)] for c in result.controls],
     )
-    say(f"Written to {out}")
 
 
 def _rate(rate: tuple[float, float, float]) -> tuple[str, str]:

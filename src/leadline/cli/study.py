@@ -96,7 +96,11 @@ def _run(
     folder = out or Path(f"leadline-{_slug(study.name)}")
     with stoppable(), progress_bar() as listener:
         results = engine.run(study, folder, limit=limit, listener=listener)
-    report = _write_report(folder, reveal)
+    try:
+        report = _write_report(folder, reveal)
+    except LeadlineError as error:
+        again = f"the results are kept; to write it later: leadline report {folder}"
+        raise LeadlineError(f"{error}; {again}") from None
     if as_json:
         print((folder / "summary.json").read_text(encoding="utf-8"))
     else:
@@ -123,8 +127,8 @@ def _write_report(folder: Path, reveal: bool, judge: str | None = None) -> Repor
         return write_report(folder, reveal=reveal, judge=judge)
     except OSError as error:
         raise LeadlineError(
-            f"cannot write the report to {folder} ({error.strerror}): the results are kept: fix "
-            f"the cause and run: leadline report {folder}"
+            f"cannot write the report to {folder} ({error.strerror}): free space or correct the "
+            "permissions"
         ) from None
 
 

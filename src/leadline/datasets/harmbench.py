@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from leadline.records import LeadlineError, Prompt
-from leadline.registry import dataset, unknown
+from leadline.registry import dataset
+from leadline.text import outline
 
 from .tables import Row, fields, name_list, prompts, rows
 
@@ -59,7 +60,10 @@ def _of_categories(table: Iterator[Row], chosen: tuple[str, ...]) -> Iterator[Ro
         # The copy on the hub has neither ids nor this column: its configs are the categories.
         functional = cells.pop("functional") or row.part.partition("/")[0]
         if functional not in _SIZES:
-            raise LeadlineError(f"{row.where}: {unknown('FunctionalCategory', functional, _SIZES)}")
+            raise LeadlineError(
+                f"{row.where}: unknown FunctionalCategory ({outline(functional)}): valid names are "
+                f"{', '.join(_SIZES)}"
+            )
         if functional in chosen:
             cells["category"] = "/".join(filter(None, (functional, cells["category"])))
             cells["id"] = cells["id"] or f"{functional}/{row.number}"

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from leadline.records import LeadlineError, Prompt
 from leadline.registry import dataset, unknown
+from leadline.text import is_name
 
 from .tables import Row, fields, name_list, prompts, rows
 
@@ -69,4 +70,6 @@ def _of_styles(table: Iterator[Row], chosen: tuple[str, ...], source: str) -> It
             yield row._replace(cells=cells)
     for style in chosen:
         if style not in found | {"all"}:
-            raise LeadlineError(f"{source}: {unknown('style', style, {*found, 'all'})}")
+            raise LeadlineError(
+                f"{source}: {unknown('style', style, {*filter(is_name, found), 'all'})}"
+            )

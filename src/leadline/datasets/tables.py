@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from leadline.records import LeadlineError, Prompt
 from leadline.registry import unknown
-from leadline.text import one_line
+from leadline.text import is_name, one_line, outline
 
 from ._formats import files, normalized, read
 
 _log = logging.getLogger("leadline")
 _HARMFUL = {"true": True, "1": True, "unsafe": True, "harmful": True}
+_HUB_ERRORS = ("builtins", "datasets", "huggingface_hub", "httpx", "requests")
 _HARMFUL |= {"false": False, "0": False, "safe": False, "harmless": False, "benign": False}
 
 
@@ -109,14 +109,14 @@ def prompts(
         name = cells.pop("id", "") or str(number)
         if name in seen:
             raise LeadlineError(
-                f"{where}: the id {name!r} is already taken at {seen[name]}: "
+                f"{where}: the id ({outline(name)}) is already taken at {seen[name]}: "
                 "remove one of the two rows or give it another id"
             )
         seen[name] = where
         label = cells.pop("harmful", "").strip().lower() or "true"
         if label not in _HARMFUL:
             raise LeadlineError(
-                f"{where}: invalid value {label!r} in the column for 'harmful': "
+                f"{where}: invalid value ({outline(label)}) in the column for 'harmful': "
                 f"write one of {', '.join(_HARMFUL)}"
             )
         yield Prompt(id=name, dataset=dataset, harmful=_HARMFUL[label], **cells)
@@ -162,7 +162,10 @@ def _hub(name: str, config: str | None, load: Mapping[str, Any]) -> Iterator[Row
                 "local copy"
             )
         else:
-            reason = f"{one_line(error).rstrip('.')}: check hub:, or set path: to a local copy"
+            # Those of parsers, such as pyarrow's, may quote a cell.
+            known = type(error).__module__.partition(".")[0] in _HUB_ERRORS
+            message = one_line(error).rstrip(".") if known else type(error).__name__
+            reason = f"{message}: check hub:, or set path: to a local copy"
         raise LeadlineError(f"{name}: {reason}") from error
     for split in splits:
         part = f"{config}/{split}" if config else str(split)
@@ -191,14 +194,11 @@ def _text(value: Any, where: str, column: str) -> str:
     return text
 
 
-_NAME = re.compile(r"[\w.-]{1,30}", re.ASCII)
-
-
 def _missing(row: Row, spellings: Sequence[str]) -> str:
     """The message for a missing column. In a file without a header line the "columns" are the text
     of its first row, so that only single words are shown."""
     wanted, *others = spellings
-    names = [column for column in row.cells if _NAME.fullmatch(column)]
+    names = [column for column in row.cells if is_name(column)]
     message = f"{row.where}: no column {wanted!r}"
     message += f" (nor {', '.join(map(repr, others))})" if others else ""
     if row.cells and not names:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.intervals import wilson
+from ..analysis.intervals import rate_interval
 from ..attacks.decoding import SWEEPS
 from ..records import LeadlineError
 
@@ -77,22 +77,35 @@ def by_setting(results: Results, model: str, sweep: str) -> list[dict[str, Any]]
     """ASR by sampling setting of the attack `decoding` with that sweep: rows {setting, k: 1, value,
     low, high, n}; the last row counts prompts broken under any setting, with k settings."""
     attack = f"decoding(sweep={sweep})"
-    rows: list[dict[str, Any]] = []
-    counts = results.query(
-        "SELECT sample, count(unsafe), total(unsafe) FROM outcomes WHERE model = ? AND attack = ? "
-        "AND harmful AND outcome NOT IN ('failed', 'not_applicable') GROUP BY 1 HAVING "
-        "count(unsafe) > 0 ORDER BY 1",
+    counts: dict[int, list[tuple[str, int, int]]] = {}
+    for setting, *count in results.query(
+        "SELECT sample, base, total(unsafe), count(unsafe) FROM outcomes WHERE model = ? AND "
+        "attack = ? AND harmful AND outcome NOT IN ('failed', 'not_applicable') "
+        "GROUP BY 1, 2 HAVING count(unsafe) > 0 ORDER BY 1",
         model,
         attack,
-    )
-    for setting, n, unsafe in counts:
-        low, high = wilson(unsafe, n)
+    ):
+        counts.setdefault(setting, []).append(tuple(count))
+    rows: list[dict[str, Any]] = []
+    for setting, of in counts.items():
         name = ", ".join(f"{option}={value}" for option, value in SWEEPS[sweep][setting].items())
-        rows.append(
-            {"setting": name, "k": 1, "value": unsafe / n, "low": low, "high": high, "n": n}
-        )
+        rows.append({"setting": name, "k": 1, **clustered_rate(of)})
     k = len(SWEEPS[sweep])
     return [*rows, *({"setting": f"any of {k}", **p} for p in points(results, model, {k: attack}))]
+
+
+def clustered_rate(counts: Iterable[tuple[str, float, float]]) -> dict[str, Any]:
+    """The fields {value, low, high, n} of a rate, from (base prompt, unsafe, scored) of prompts or
+    groups of them. Prompts with the same base prompt are one cluster of its interval."""
+    import numpy as np
+
+    clusters: dict[str, list[float]] = {}
+    for base, *count in counts:
+        of = clusters.setdefault(base, [0.0, 0.0])
+        of[:] = [a + b for a, b in zip(of, count, strict=True)]
+    unsafe, scored = np.array(list(clusters.values())).T
+    value, low, high = rate_interval(unsafe, scored)
+    return {"value": value, "low": low, "high": high, "n": int(scored.sum())}
 
 
 def _rate(cell: Mapping[Any, Any]) -> dict[str, Any]:

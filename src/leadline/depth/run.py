@@ -10,6 +10,7 @@ Measures that need only prompts and sampling settings run as ordinary trials, st
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,16 @@ from ..files import private_folder, write_private
 from ..models.checkpoint import Checkpoint
 from ..progress import Listener
 from ..records import LeadlineError
-from ..registry import MeasurePlugin, get, plugins, unknown
+from ..registry import MeasurePlugin, get, is_own, plugins, unknown
 from ..report.depth.findings import findings
 from ..report.depth.page import write_depth_report
+from ..secret import hide, trace
+from ..text import one_line
 from ..version import __version__
 from .budgets import BUDGETS
 from .session import Session, tokenizer_of
+
+log = logging.getLogger("leadline")
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def measure_depth(
         elif missing := _missing(session, plugin):
             session.skipped[plugin.name] = missing
         else:
-            plugin.function(session)
+            _measure(session, plugin)
     return _report(session, budget)
 
 
@@ -113,6 +118,20 @@ def _measures(names: str | Sequence[str] | None) -> list[MeasurePlugin]:
         valid = ", ".join(plugin.name for plugin in every)
         raise LeadlineError(f"depth: no measure: name at least one of {valid}")
     return [get("measure", name) for name in names]
+
+
+def _measure(session: Session, plugin: MeasurePlugin) -> None:
+    """Run a measure. One of another package that raises is skipped; what it added is kept."""
+    try:
+        plugin.function(session)
+    except (Exception, SystemExit) as error:
+        if is_own(plugin):
+            raise
+        texts = [text for p in session.prompts for text in (p.text, p.context, p.target)]
+        message = hide(f"{type(error).__name__}: {one_line(error)}", *texts)
+        session.skipped[plugin.name] = f"the measure {plugin.name} raised {message}"
+        log.warning("%s", session.skipped[plugin.name])
+        log.debug("measure %s raised:\n%s", plugin.name, trace(error))
 
 
 def _missing(session: Session, plugin: MeasurePlugin) -> str:

@@ -17,7 +17,7 @@ from .. import engine, plan
 from ..analysis.results import Results
 from ..files import write_private
 from ..judges import ask
-from ..models import connect
+from ..models import close, connect, prepare
 from ..models.checkpoint import Checkpoint
 from ..models.spec import Limits
 from ..models.template import load_tokenizer
@@ -175,11 +175,11 @@ class Session:
             built = self.judge.build(connected)
             try:
                 for model in models:
-                    await model.prepare(prefix=False)
+                    await prepare(model)
                 return await ask(self.judge.label, built, prompt, attempt, response)
             finally:
                 for model in models:
-                    await model.close()
+                    await close(model)
 
         return judge
 

@@ -32,6 +32,11 @@ async def ask(
         return Verdict(unsafe=None, error=message, text=f"the judge {name} raised {message}")
 
 
+def why_unscored(verdict: Verdict, prompt: Prompt, response: Response) -> str:
+    """Why a verdict is unscored, without the texts of the prompt and the response."""
+    return hide(verdict.text, prompt.text, response.answer, response.thought)
+
+
 def _checked(verdict: object) -> Verdict:
     """The verdict that a judge returned. Raises TypeError for a value that cannot be stored."""
     if not isinstance(verdict, Verdict):

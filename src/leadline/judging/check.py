@@ -16,8 +16,9 @@ from ..datasets.tables import fields, rows
 from ..engine import run_to_completion
 from ..models.spec import Limits
 from ..progress import Listener, Progress
-from ..records import Attempt, Judge, LeadlineError, Prompt, Response
+from ..records import Attempt, LeadlineError, Prompt, Response
 from ..study import JudgePick
+from ..text import outline
 from .standalone import open_judge, run_concurrently
 
 # Accepted column names, by field.
@@ -59,7 +60,9 @@ def check_judge(
     control_answers = list(controls(labelled))
     answers = [*labelled, *control_answers]
     verdicts: list[bool | None] = [None] * len(answers)
-    run_to_completion(_judge_all(pick, answers, verdicts, listener or (lambda progress: None)))
+    progress = Progress({pick.label: len(answers)}, {pick.label: 0})
+    listener = listener or (lambda progress: None)
+    run_to_completion(_judge_all(pick, answers, verdicts, progress, listener))
     by_prompt: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     unscored = {True: 0, False: 0}
     for answer, verdict in zip(labelled, verdicts, strict=False):
@@ -76,6 +79,7 @@ def check_judge(
         effective_unsafe=_effective(by_prompt.values(), hit=0, miss=1),
         effective_safe=_effective(by_prompt.values(), hit=3, miss=2),
         controls=tuple(_count_controls(control_answers, verdicts[len(labelled) :])),
+        unscored_reason=next(iter(progress.notes), ""),
     )  # fmt: skip
 
 
@@ -89,26 +93,25 @@ def _effective(tables: Iterable[Sequence[int]], hit: int, miss: int) -> float:
 
 
 async def _judge_all(
-    pick: JudgePick, answers: list[Answer], verdicts: list[bool | None], listener: Listener
-) -> None:
-    """Fill `verdicts`, one per answer."""
-    progress = Progress({pick.label: len(answers)}, {pick.label: 0})
+    pick: JudgePick, answers: list[Answer], verdicts: list[bool | None],
+    progress: Progress, listener: Listener,
+) -> None:  # fmt: skip
+    """Fill `verdicts`, one per answer; the first reason why one is None is added to the notes."""
     async with open_judge(pick, Limits(), Path) as (judge, workers):
 
         async def judge_one(numbered: tuple[int, Answer]) -> None:
-            number, answer = numbered
-            verdicts[number] = await _verdict(pick.label, judge, answer)
+            number, (prompt, response, _, _) = numbered
+            attempt = Attempt.ask(prompt.text)
+            verdict = await judges.ask(pick.label, judge, prompt, attempt, response)
+            verdicts[number] = verdict.unsafe
+            if verdict.unsafe is None and not progress.notes:
+                progress.notes.append(judges.why_unscored(verdict, prompt, response))
             progress.done[pick.label] += 1
             if not number % 50:
                 listener(progress)
 
         await run_concurrently(enumerate(answers), judge_one, workers)
     listener(progress)
-
-
-async def _verdict(name: str, judge: Judge, answer: Answer) -> bool | None:
-    attempt = Attempt.ask(answer.prompt.text)
-    return (await judges.ask(name, judge, answer.prompt, attempt, answer.response)).unsafe
 
 
 def read_labels(labels: str | Path) -> Iterator[Answer]:
@@ -119,7 +122,9 @@ def read_labels(labels: str | Path) -> Iterator[Answer]:
     for number, (cells, where, _, _) in enumerate(table, 1):
         label = cells["label"].strip().lower()
         if label not in _LABELS:
-            raise LeadlineError(f"{where}: the label {label!r} must be one of {', '.join(_LABELS)}")
+            raise LeadlineError(
+                f"{where}: the label ({outline(label)}) must be one of {', '.join(_LABELS)}"
+            )
         label_values.add(_LABELS[label])
         prompt = Prompt(str(number), cells["text"], "labels", cells["category"])
         yield Answer(prompt, Response(cells["answer"], cells["thought"]), _LABELS[label])

@@ -37,7 +37,6 @@ from ..records import (
     ResponsePrefix,
     Verdict,
 )
-from ..secret import hide
 from ..store import Place, Store
 from ..study import JudgePick, Study
 from .standalone import open_judge, run_concurrently
@@ -143,12 +142,8 @@ async def _judge_all(store: Store, pick: JudgePick, progress: Progress, listener
                 progress.done[pick.label] += 1
                 progress.unscored += verdict.unsafe is None
                 if verdict.unsafe is None and not progress.notes:
-                    progress.notes.append(
-                        hide(
-                            verdict.text, stored.prompt.text, stored.response.answer,
-                            stored.response.thought,
-                        )
-                    )  # fmt: skip
+                    reason = judges.why_unscored(verdict, stored.prompt, stored.response)
+                    progress.notes.append(reason)
                 if time.monotonic() - reported > 0.1:
                     reported = time.monotonic()
                     listener(progress)
@@ -223,7 +218,7 @@ async def _decoding(
     ):  # fmt: skip
         attacker = models.connect(study.attacker, study.limits, study.locate)
         try:
-            await attacker.prepare(prefix=False)
+            await models.prepare(attacker)
         except LeadlineError as error:
             log.warning("attacker: %s; only answers that it has decoded before are judged", error)
     cached = CachedModel(attacker, store) if attacker else None
@@ -246,4 +241,4 @@ async def _decoding(
         yield decode
     finally:
         if attacker:
-            await attacker.close()
+            await models.close(attacker)

@@ -35,13 +35,13 @@ async def open_judge(
     try:
         for label, model in connected:
             try:
-                await model.prepare(prefix=False)
+                await models.prepare(model)
             except LeadlineError as error:
                 raise LeadlineError(f"judge {label}: {error}") from None
         yield judge, max((model.concurrency for _, model in connected), default=1)
     finally:
         for _, model in connected:
-            await model.close()
+            await models.close(model)
 
 
 async def run_concurrently(

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+import orjson
 
 from .. import organism
 from ..records import LeadlineError, Model
 from ..registry import get, model
+from ..secret import trace
 from ..text import one_line
 from .spec import Limits, ModelSpec
+
+log = logging.getLogger("leadline")
 
 # Resolves a path in a study file (relative to the file) to a path on disk.
 Locate = Callable[[str], Path]
@@ -24,17 +31,57 @@ def connect(spec: ModelSpec, limits: Limits, locate: Locate = Path) -> Model:
     """
     scheme = spec.model.split(":", 1)[0] if ":" in spec.model else "huggingface"
     plugin = get("model", "openai" if spec.url else scheme)
-    try:
+    who = f"{spec.label}: the model plug-in {plugin.name!r}"
+    with _named(who):
         connected: Model = plugin.function(spec, limits, locate)
-        _ = connected.name, connected.concurrency
+    return checked(connected, who)
+
+
+def checked(model: Model, who: str) -> Model:
+    """The model, whose properties have been read once, so that a plug-in's errors are found before
+    the first request. Raises LeadlineError, which names it as `who`."""
+    with _named(who):
+        if type(model.concurrency) is not int or model.concurrency < 1:
+            raise TypeError("concurrency is not a positive whole number")
+        if not isinstance(model.name, str):
+            raise TypeError("name is not a string")
+        if not isinstance(model.identity, Mapping):
+            raise TypeError("identity is not a mapping")
+        orjson.dumps(dict(model.identity))  # raises for values that are not JSON
+    return model
+
+
+async def prepare(model: Model, *, prefix: bool = False) -> str:
+    """`Model.prepare`. Raises LeadlineError, which names the model, whatever a plug-in raises."""
+    with _named(f"the model {model.name}"):
+        reason = await model.prepare(prefix=prefix)
+        if not isinstance(reason, str):
+            raise TypeError("prepare returned no string")
+        return reason
+
+
+async def close(model: Model) -> None:
+    """`Model.close`; an error is logged, since the responses are stored already."""
+    try:
+        await model.close()
+    except (Exception, SystemExit) as error:
+        kind = type(error).__name__
+        log.warning("the model %s raised %s when it closed: %s", model.name, kind, one_line(error))
+
+
+@contextmanager
+def _named(who: str) -> Iterator[None]:
+    """Turn exceptions of a plug-in into a LeadlineError that names it."""
+    try:
+        yield
     except LeadlineError:
         raise
     except (Exception, SystemExit) as error:
+        log.debug("%s raised:\n%s", who, trace(error))
         raise LeadlineError(
-            f"{spec.label}: the model plug-in {plugin.name!r} raised {type(error).__name__}: "
-            f"{one_line(error)}: check the target's fields, or the plug-in's package"
+            f"{who} raised {type(error).__name__}: {one_line(error)}: check its fields in the "
+            "study, or the plug-in's package"
         ) from error
-    return connected
 
 
 @model("openai", source="any server with the OpenAI HTTP API", needs=("url",))

@@ -14,7 +14,7 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +36,9 @@ _BACKOFF, _LONGEST_BACKOFF = 0.5, 30.0  # seconds
 _DOWN_SECONDS = 60.0
 BLOCKED = {"content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation"}
 _NO_QUOTA = "insufficient_quota"  # sent with status 429, but retrying does not help
+# Replies above this size (bytes) are read and parsed a few at a time, for each endpoint; the others
+# wait in the server's buffers. Else 64 of the largest allowed size would take more than 1 GB.
+_LARGE, _LARGE_AT_ONCE = 2**18, 4
 # Finish reasons of a reply with an answer. Any other one is a failure.
 _FINISH: dict[str, Finish] = {
     "stop": "stop",
@@ -111,6 +114,23 @@ class Gate:
                 turn.set_result(None)
 
 
+class _Place:
+    """A place among the large replies that are read at the same time."""
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self._places, self.taken = places, False
+
+    async def take(self) -> None:
+        """Wait for a place."""
+        await self._places.acquire()
+        self.taken = True
+
+    def leave(self) -> None:
+        """Leave the place, if it was taken."""
+        if self.taken:
+            self._places.release()
+
+
 class Exchange:
     """One endpoint. `send` retries until a request succeeds or a retry cannot help."""
 
@@ -123,6 +143,7 @@ class Exchange:
         self._pause_until = 0.0
         self._last_success = 0.0
         self._connection_faults = self._endpoint_errors = 0
+        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._shortened_wait = False  # whether the log has the warning on Retry-After
 
     async def open(self) -> None:
@@ -220,6 +241,13 @@ class Exchange:
 
     async def _send_once(self, body: bytes) -> Reply:
         """Send one request without retries. Raises Fault."""
+        place = _Place(self._large)
+        try:
+            return await self._send(body, place)
+        finally:
+            place.leave()
+
+    async def _send(self, body: bytes, place: _Place) -> Reply:
         import aiohttp
 
         assert self._session
@@ -229,7 +257,7 @@ class Exchange:
                 if reply.status != 200:
                     raw = await _read_error_body(reply)
                     raise self._status_fault(reply.status, reply.headers, raw, body)
-                raw, whole = await _read_body(reply, self.limits.max_reply_bytes)
+                raw, whole = await _read_body(reply, self.limits.max_reply_bytes, place)
                 content_type = reply.headers.get("Content-Type", "none")
         except TimeoutError:
             raise Fault(f"no answer within {self.limits.timeout:g} s") from None
@@ -249,7 +277,7 @@ class Exchange:
                 f"{_shown(content_type, 80)})",
                 status=200,
             ) from None
-        return _read(data, _sent_texts(body))
+        return _read(data, body)
 
     def _status_fault(
         self, status: int, headers: Mapping[str, str], raw: bytearray, body: bytes
@@ -296,9 +324,14 @@ class Exchange:
                 self._down = f"the endpoint is down: no reply for {silence:.0f} s ({fault.reason})"
 
 
-async def _read_body(reply: aiohttp.ClientResponse, most: int) -> tuple[bytearray, bool]:
+async def _read_body(
+    reply: aiohttp.ClientResponse,
+    most: int,
+    place: _Place | None = None,
+) -> tuple[bytearray, bool]:
     """The decompressed body, and whether it is complete: reading stops after `most` bytes, whether
-    they are compressed or not. Raises Fault for a body that cannot be decompressed."""
+    they are compressed or not. A large body waits for its `place`. Raises Fault for
+    one that cannot be decompressed."""
     encoding = reply.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         reason = (
@@ -316,6 +349,8 @@ async def _read_body(reply: aiohttp.ClientResponse, most: int) -> tuple[bytearra
             raise Fault("the reply cannot be decompressed", status=200) from None
         if max(received, len(body)) > most:
             return body[:most], False
+        if place and not place.taken and len(body) > _LARGE:
+            await place.take()
     if inflate and not inflate.eof:
         raise Fault("the compressed reply is truncated", status=200)
     return body, True
@@ -329,26 +364,26 @@ async def _read_error_body(reply: aiohttp.ClientResponse) -> bytearray:
         return bytearray()
 
 
-def _read(data: Any, sent: Sequence[str]) -> Reply:
+def _read(data: Any, body: bytes) -> Reply:
     """Parse a chat or completions response. Raises Fault if it has no answer, whose reason repeats
-    none of the texts that were sent."""
+    no text of `body`, the request."""
     if not isinstance(data, dict):
         raise Fault("the reply is not a JSON object", status=200)
     if error := data.get("error"):
-        raise _error_fault(error, sent)
+        raise _error_fault(error, body)
     choices = data.get("choices")
     if not isinstance(choices, list) or not choices:
         raise Fault("the reply has no choices", status=200)
     try:
-        return _read_choice(choices[0], data.get("usage"), sent)
+        return _read_choice(choices[0], data.get("usage"), body)
     except (KeyError, TypeError, AttributeError):
         raise Fault("the reply has no message with text", status=200) from None
 
 
-def _read_choice(choice: dict[str, Any], usage: Any, sent: Sequence[str]) -> Reply:
+def _read_choice(choice: dict[str, Any], usage: Any, body: bytes) -> Reply:
     """Parse a choice. Raises Fault if it has no answer, built-in errors for a wrong structure."""
     if error := choice.get("error"):
-        raise _error_fault(error, sent)
+        raise _error_fault(error, body)
     finish = choice.get("finish_reason") or ""
     if finish in _TRANSIENT:
         raise Fault(f"the server ended the reply with finish_reason {finish}", status=200)
@@ -393,12 +428,12 @@ def _error(detail: Any) -> tuple[str, str]:
     return next(known, ""), str(detail.get("message") or detail)
 
 
-def _error_fault(error: Any, sent: Sequence[str]) -> Fault:
+def _error_fault(error: Any, body: bytes) -> Fault:
     """The Fault for an error object in a reply of status 200. Its `code` may be an HTTP status."""
     code, message = _error(error)
     status = error.get("code") if isinstance(error, dict) else None
     permanent = isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED
-    reason = f"the reply is an error: {_shown(hide(scrub(message), *sent))}"
+    reason = f"the reply is an error: {_shown(hide(scrub(message), *_sent_texts(body)))}"
     return Fault(reason, not (code or permanent), status=200, code=code)
 
 

@@ -14,9 +14,7 @@ from ...report.depth.format import (
     FIRST,
     below,
     count,
-    d50_examples,
-    d50_interval,
-    d50_text,
+    d50_phrase,
     greatest,
     nats,
     per_model,
@@ -104,9 +102,7 @@ def _findings(depth: Depth, data: str, points: list[FinetuningPoint]) -> list[st
         known = last.untriggered is not None
         untriggered = percent(last.untriggered or 0)
         if found and found.value is not None and not found.censored:
-            examples = d50_examples(found)
-            text = f"{d50_text(found)} {d50_interval(found, [p.step for p in curve])}".rstrip()
-            text += f" ({count(examples, 'examples')})" if examples else ""
+            text = d50_phrase(found, [p.step for p in curve])
             text += f"; direct requests at the last step {untriggered}" if known else ""
             broken.append((found.value, f"{model} after {text}{utility}"))
             continue
@@ -284,7 +280,8 @@ SECTION = Section(
     meaning=(
         "The model is trained further on a few examples and evaluated after some steps: how often "
         "it gives unsafe answers (ASR), and whether it is still useful (utility on harmless "
-        "prompts). A diamond marks D50, the number of steps that breaks half of the prompts."
+        "prompts). A diamond marks D50, the number of steps that breaks half of the prompts; "
+        "first passage is the step at which half have been broken at that step or an earlier one."
     ),
     points={"finetuning": FinetuningPoint},
     findings=findings,

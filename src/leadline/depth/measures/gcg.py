@@ -8,13 +8,13 @@ from hashlib import blake2b
 from itertools import accumulate
 from statistics import mean
 
-from ...analysis.intervals import wilson
 from ...registry import Section, measure
 from ...report.depth import plots
 from ...report.depth.format import HALF, below, count, number, of_prompts, per_model, rate
 from ...report.depth.schema import Count, Depth, Rate
 from ...report.depth.tables import NOT_MEASURED, Cell, Column, Table, column, heat, table
 from ...text import percent
+from ..curves import clustered_rate
 from ..gcg.search import search
 from ..gcg.surrogate import Surrogate
 from ..session import Session, texts
@@ -164,9 +164,9 @@ def _search(session: Session, model: str) -> None:
         progress((index + 1) * config.steps, len(prompts) * config.steps)
     n = len(prompts)
     for done in range(0, config.steps + 1, config.judge_every):
-        hits = sum(at is not None and at <= done for at in broken)
-        low, high = wilson(hits, n)
+        hits = (at is not None and at <= done for at in broken)
+        asr = clustered_rate((p.base or p.id, hit, 1) for p, hit in zip(prompts, hits, strict=True))
         loss = mean(of[min(max(done - 1, 0), len(of) - 1)] for of in losses)
-        point = GCGPoint(step=done, value=hits / n, low=low, high=high, n=n, loss=loss)
+        point = GCGPoint(step=done, **asr, loss=loss)
         session.add("gcg", model, [point])
     session.settings["gcg"] = {**asdict(config), "prompts": n, "suffixes": "one for each prompt"}

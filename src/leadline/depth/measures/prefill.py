@@ -9,8 +9,7 @@ from ...report.depth import plots
 from ...report.depth.format import (
     HALF,
     count,
-    d50_interval,
-    d50_text,
+    d50_phrase,
     greatest,
     named,
     of_prompts,
@@ -112,7 +111,7 @@ def _breaks(depth: Depth, names: list[str]) -> str:
         found = depth.d50.get(model, {}).get("prefill")
         if found and found.value is not None and not found.censored:
             tried = [p.k for p in depth.of("prefill", Prefill, model)]
-            text += f"; half are broken at {d50_text(found)} {d50_interval(found, tried)}".rstrip()
+            text += f"; half are broken at {d50_phrase(found, tried)}"
         elif found and found.note:
             text += f"; {found.note}"
         texts.append((half.known, text))
@@ -218,7 +217,8 @@ SECTION = Section(
         "The first k tokens of a harmful answer are prefilled, and the model continues. A model "
         "whose safety is in the first tokens of its refusals continues with the harmful answer; "
         "one whose safety is deeper returns to a refusal. A diamond marks D50, the number of "
-        "prefilled tokens that breaks half of the prompts."
+        "prefilled tokens that breaks half of the prompts; first passage is the number at which "
+        "half have been broken by that number or a smaller one."
     ),
     points={"prefill": Prefill},
     findings=findings,

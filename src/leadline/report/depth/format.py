@@ -102,6 +102,17 @@ def _outside(side: str, tried: Sequence[float]) -> str:
     return f"{side} {number(min(tried) if side == 'below' else max(tried))}" if tried else "unknown"
 
 
+def d50_phrase(found: D50, tried: Sequence[float]) -> str:
+    """D50 in words with its interval, the number of examples and the first passage:
+    `10 steps [8, 13] (80 examples; first passage: 8.5)`."""
+    examples = d50_examples(found)
+    beside = [count(examples, "examples")] if examples else []
+    if found.first_passage is not None:
+        beside.append(f"first passage: {number(found.first_passage)}")
+    text = f"{d50_text(found)} {d50_interval(found, tried)}".rstrip()
+    return f"{text} ({'; '.join(beside)})" if beside else text
+
+
 def d50_examples(found: D50) -> float | None:
     """The number of training examples that a D50 in steps corresponds to; None where it is not
     known."""

@@ -74,8 +74,12 @@ def d50_cell(found: D50 | None, tried: Sequence[float], every: Sequence[D50]) ->
         return NOT_MEASURED
     largest = max([1.0, *tried, *(d.value or d.at or 0 for d in every)])
     dose = min(max((found.at if found.censored else found.value) or 0.0, 0.0), largest)
-    examples = d50_examples(found)
-    small = (d50_interval(found, tried), count(examples, "examples") if examples else "")
+    examples, first = d50_examples(found), found.first_passage
+    small = (
+        d50_interval(found, tried),
+        "" if first is None else f"first passage {number(first)}",
+        count(examples, "examples") if examples else "",
+    )
     width = math.log1p(dose) / math.log1p(largest)
     text = f"{d50_number(found)} {found.unit}".strip()
     return Cell(text, "deep", tuple(filter(None, small)), 0.0, width)
