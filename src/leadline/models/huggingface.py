@@ -28,7 +28,7 @@ _FILL_SECONDS = 0.002  # how long a batch that is not full waits for more reques
 
 
 class HuggingFaceModel:
-    """A folder, GGUF file or hub id as a `Model`. Weights are safetensors or GGUF; code from the hub
+    """A folder, GGUF file or hub id as a `Model`. Weights are safetensors or GGUF; code from a hub
     never runs.
 
     A batch has at most `batch_size` requests and `batch_tokens` tokens (rows x the longest prompt
