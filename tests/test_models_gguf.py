@@ -47,13 +47,16 @@ def answers(out: Path, model: str) -> dict[tuple[str, str], str]:
     return {(attack, prompt): answer for attack, prompt, answer in rows}
 
 
-def test_a_run_gives_the_answers_of_the_folder(file: Path, folder: Path, garden: Path, tmp_path):
+def test_a_run_gives_the_answers_of_the_folder(
+    file: Path, folder: Path, garden: Path, tmp_path: Path, capfd: Any
+):
     targets = [{"model": str(file), "name": "file"}, {"model": str(folder), "name": "folder"}]
     study = Study.model_validate({
         "targets": targets, "datasets": [{"file": {"path": str(garden)}}], "judges": ["refusal"],
         "attacks": ["direct", {"prefill": {"k": [3]}}], "sampling": {"max_tokens": 12},
     })  # fmt: skip
     results = leadline.run(study, tmp_path / "out")
+    assert capfd.readouterr().err == ""  # no bars of other libraries
     assert results.failed() == 0
     of_file = answers(tmp_path / "out", "file")
     assert len(of_file) == 2 * len(PROMPTS)

@@ -190,7 +190,6 @@ class _Run:
         self._reported = 0.0  # when the listener was last called
         self.crashed: set[str] = set()  # plug-ins whose crash is in the notes
         self.planned: dict[int, int] = {}  # numbers of trials, by cell id
-        self.set_aside: dict[str, str] = {}  # reasons, by target
 
     def report_progress(self, *, now: bool = False) -> None:
         """Call the listener, at most ten times per second unless `now`."""
@@ -226,14 +225,15 @@ async def _run_study(
     run.progress.total = plan.count(run.plan)
     run.progress.done = dict.fromkeys(run.progress.total, 0)
     run.progress.failures = {label: Failures() for label in run.progress.total}
-    run.planned = completeness.planned(store) if keep else {}
     for (*names, attack), trials in plan.count_cells(run.plan).items():
         cell = store.cell_id(names[0], names[1], names[2], attack, run.attacks[attack].pool)
         run.planned[cell] = trials
+    aside: dict[str, str] = {}
+    if keep:
+        run.planned = completeness.planned(store) | run.planned
+        aside = store.description("set_aside", {})
+    store.describe("set_aside", {k: v for k, v in aside.items() if k not in run.progress.total})
     completeness.describe(store, run.planned, limit)
-    others = store.description("set_aside") or {} if keep else {}
-    run.set_aside = {k: why for k, why in others.items() if k not in run.progress.total}
-    store.describe("set_aside", run.set_aside)
     auxiliary = _build_judges(run)
     if study.attacker and any(a.asks_attacker for a in run.attacks.values()):
         attacker = connect(study.attacker, study.limits, study.locate)
@@ -367,14 +367,14 @@ def _left_unasked(run: _Run, label: str, item: _Work | _OpenTrial) -> bool:
         return False
     if isinstance(item, _Work):
         del run.open[item.key]
-    failures.left += len(trials)
-    if label not in run.set_aside:
-        run.set_aside[label] = failures.reason
-        run.store.describe("set_aside", run.set_aside)
+    if not failures.left:
+        reasons = run.store.description("set_aside", {}) | {label: failures.reason}
+        run.store.describe("set_aside", reasons)
         run.note(
             f"{label} failed {SAME} times in the same way: its other trials are left for a later "
             f"run: {visible(failures.reason)}"
         )
+    failures.left += len(trials)
     return True
 
 

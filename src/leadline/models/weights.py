@@ -10,8 +10,10 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from hashlib import blake2b
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -105,7 +107,7 @@ class Weights:
         unpack = {"quantization_config": packed(dequantize=True)} if packed else {}
         model: Any
         try:
-            with LOADING, quiet(), warnings.catch_warnings(action="ignore"):
+            with LOADING, quiet(), _no_bars(), warnings.catch_warnings(action="ignore"):
                 model, loading_info = auto.from_pretrained(
                     **source(path),
                     **unpack,
@@ -273,6 +275,19 @@ class Weights:
             return probabilities / variates
 
         return draw
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Turn off the progress bars of tqdm, which transformers uses directly for GGUF files."""
+    from tqdm import tqdm
+
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
 
 
 def _ids(value: int | Sequence[int] | None) -> set[int]:
