@@ -92,6 +92,7 @@ def test_lines_appear_while_nothing_is_reported_and_warnings_are_lines_too():
         with show_lines(PLAIN, out, every=0.1) as listen:
             listen(Progress({"m": 10}, {"m": 2}))
             log.warning("server is slow")
+            log.warning("server is slow")
             time.sleep(0.55)
     finally:
         log.handlers = earlier

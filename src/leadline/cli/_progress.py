@@ -64,6 +64,7 @@ def show_bars(formatter: logging.Formatter) -> Iterator[Listener]:
 
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     handler.setFormatter(formatter)
+    handler.addFilter(_Once())
     logging.getLogger("leadline").handlers = [handler]
     try:
         yield listen
@@ -81,6 +82,7 @@ def show_lines(
     to = stream or sys.stderr
     handler = logging.StreamHandler(to)
     handler.setFormatter(_Prefixed(formatter))
+    handler.addFilter(_Once())
     logging.getLogger("leadline").handlers = [handler]
     latest: list[Progress] = []
     stop = threading.Event()
@@ -111,6 +113,21 @@ def show_lines(
         thread.join()
         if time.monotonic() - began >= every:
             write()
+
+
+class _Once(logging.Filter):
+    """Drops a message that was logged before, e.g. for a dataset that is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        message = record.getMessage()
+        known = message in self.seen
+        self.seen.add(message)
+        return not known
 
 
 class _Prefixed(logging.Formatter):
