@@ -120,7 +120,54 @@ def test_a_second_call_measures_nothing_again(report: Any, out: Path):
                          for m in ("prefill", "decoding")]  # fmt: skip
     for measure in ("kl", "prefill", "decoding", "gcg"):
         assert again.to_dict()[measure] == report.to_dict()[measure]
-    assert again.to_dict()["skipped"]["finetuning"] == "not requested"
+    assert again.to_dict()["skipped"] == {"training": "not requested"}
+    for kept in ("finetuning", "refusal_prefix", "d50", "models", "budget"):
+        assert again.to_dict()[kept] == report.to_dict()[kept]  # the folder holds them still
+
+
+def test_a_report_is_of_everything_that_its_folder_holds(tmp_path: Path, caplog: Any):
+    """Calls with other measures, models and budgets add to the report; another dataset, another
+    base and changed weights do not mix with it."""
+    first, second = (
+        str(tiny_models.save(tmp_path / name, initializer_range=size))
+        for name, size in (("first", 0.3), ("second", 0.2))
+    )
+    options: dict[str, Any] = {"dataset": dataset(tmp_path / "a" / "brews.jsonl", 3),
+               "judge": "refusal", "out": tmp_path / "out", "budget": "tiny"}  # fmt: skip
+
+    def measure(model: str, *measures: str, base: str | None = None, **more: Any) -> Any:
+        return ll.measure_depth(model, base, measures=measures, **{**options, **more}).to_dict()
+
+    alone = measure(first, "prefill")
+    both = measure(first, "kl", base=second)
+    assert both["prefill"] == alone["prefill"]
+    assert both["d50"] == alone["d50"]
+    assert both["kl"]
+    assert {"prefill", "kl"}.isdisjoint(both["skipped"])
+    assert not any("Nothing has been measured" in text for text in both["findings"])
+    nothing = measure(first, "training")  # no such file: this call alone has no result
+    assert {name: nothing[name] for name in ("kl", "prefill", "base", "settings")} == {
+        name: both[name] for name in ("kl", "prefill", "base", "settings")
+    }
+    more = measure(second, "decoding", budget="quick")
+    assert more["models"] == [second, first]
+    assert more["budget"] == "tiny, quick"
+    assert {p["model"] for p in more["decoding"]} == {second}
+    assert more["prefill"] == alone["prefill"]
+    page = (tmp_path / "out" / "depth.html").read_text()
+    assert "Prefilled tokens" in page
+
+    kl_of_other_base = measure(first, "prefill", base=str(tiny_models.save(tmp_path / "third")))
+    assert kl_of_other_base["kl"] == []
+    assert kl_of_other_base["decoding"] == more["decoding"]
+    tiny_models.save(tmp_path / "first", initializer_range=0.25)
+    changed = measure(first, "decoding")
+    assert changed["prefill"] == []
+    assert {p["model"] for p in changed["decoding"]} == {first, second}
+    assert not caplog.messages
+    other = measure(first, "decoding", dataset=dataset(tmp_path / "b" / "brews.jsonl", 2))
+    assert {p["model"] for p in other["decoding"]} == {first}
+    assert "was a report on another dataset" in caplog.messages[0]
 
 
 def test_a_killed_run_resumes_with_the_same_results(tmp_path: Path):

@@ -15,10 +15,12 @@ import pytest
 
 import leadline
 from leadline import LeadlineError, Study
+from leadline.progress import SAME
 from leadline.registry import _plugins, attack
 from leadline.store import Store
 
 from .server import REFUSAL, Server
+from .test_models_faults import http
 
 
 def study(server: Server, data: Path, **rest: object) -> Study:
@@ -122,10 +124,69 @@ def test_concurrency_is_bounded(server, garden, tmp_path):
 def test_an_authentication_error_stops_all_requests_to_an_endpoint(server, garden, tmp_path):
     server.faults, server.error_body = {401: 1.0}, {"error": {"message": "bad key"}}
     found = leadline.run(study(server, garden(500), limits={"concurrency": 4}), tmp_path / "out")
-    assert found.failed() == 500
     assert server.seen < 20
+    assert SAME <= found.failed() < 20
     (reason,) = found.query("SELECT DISTINCT reason FROM trials")[0]
     assert reason.startswith("HTTP 401: bad key")
+
+
+def test_a_target_that_always_fails_in_the_same_way_is_set_aside(server, garden, tmp_path):
+    """Its other trials stay missing, neither failed nor safe; the other targets go on; a later run
+    asks what was left."""
+    with Server() as broken:
+        broken.faults, broken.error_body = {400: 1.0}, {"error": {"message": "no token ids"}}
+        targets = [
+            {"model": "broken", "url": broken.url},
+            {"model": "m", "url": server.url},
+        ]
+        plan = study(server, garden(200), targets=targets, limits={"concurrency": 4})
+        found = leadline.run(plan, tmp_path / "out")
+        assert SAME <= broken.seen < 30
+        assert outcomes(tmp_path / "out") == {"answered": 200, "failed": broken.seen}
+        cells = found.cells().set_index("model")
+        assert (cells.loc["m", "n"], cells.loc["broken", "n"]) == (200, 0)
+        assert cells.loc["broken", "asr"] != cells.loc["broken", "asr"]
+        failures = found.progress.failures["broken"]
+        assert failures.left == 200 - broken.seen
+        assert failures.text() == f"{broken.seen} failed: HTTP 400: no token ids"
+        (note,) = found.progress.notes
+        assert note.startswith(f"broken failed {SAME} times in the same way")
+        assert note.endswith("HTTP 400: no token ids")
+        broken.faults = {}
+        before = broken.seen
+        found = leadline.run(plan, tmp_path / "out")
+        assert broken.seen == before + 200
+        assert found.failed() == 0
+        assert found.cells()["n"].tolist() == [200, 200]
+    with Store(tmp_path / "out") as store:
+        assert store.description("set_aside") == {}
+
+
+def test_a_target_that_fails_now_and_then_or_in_many_ways_is_asked_to_the_end(
+    server, garden, tmp_path
+):
+    server.sticky = {f"[{n}]": 400 for n in range(1, 30)}  # the first one is answered
+    plan = study(server, garden(60), limits={"concurrency": 1})
+    leadline.run(plan, tmp_path / "out")
+    assert outcomes(tmp_path / "out") == {"answered": 31, "failed": 29}
+    server.sticky = {
+        f"[{n}]": http({"error": {"message": f"problem {n}"}}, "400 Bad Request") for n in range(30)
+    }
+    leadline.run(plan, tmp_path / "other")
+    assert outcomes(tmp_path / "other") == {"answered": 30, "failed": 30}
+
+
+def test_an_attack_that_always_fails_does_not_set_the_target_aside(server, garden, tmp_path):
+    """Only the rest of its own trials is left; those of other attacks are asked."""
+    server.refuse = lambda body: "base64" in body["messages"][-1]["content"].lower()
+    rows = [json.dumps({"prompt": f"Rose {n}?", "harmful": True}) for n in range(60)]
+    data = tmp_path / "roses.jsonl"
+    data.write_text("\n".join(rows))
+    plan = study(server, data, attacks=["base64", "direct"], limits={"concurrency": 2})
+    found = leadline.run(plan, tmp_path / "out")
+    cells = found.cells().set_index("attack")
+    assert cells.loc["direct", "n"] == 60
+    assert SAME <= cells.loc["base64", "failed"] < 20
 
 
 def test_an_unreachable_endpoint_fails_its_trials_and_the_others_continue(server, garden, tmp_path):

@@ -21,6 +21,7 @@ import pytest
 import leadline
 from leadline import Study
 from leadline.models.spec import Limits
+from leadline.progress import SAME
 from leadline.records import Response
 from leadline.registry import _plugins, attack
 
@@ -298,7 +299,7 @@ def test_prompts_do_not_follow_a_redirect_to_another_host(server, tmp_path):
         plan = study(harmful(tmp_path, 30), {"model": "m", "url": server.url, "concurrency": 2})
         found = leadline.run(plan, tmp_path / "out")
         assert (elsewhere.seen, elsewhere.listed) == (0, 0)
-    assert found.failed() == 30
+    assert SAME <= found.failed() < 12  # the others were left unasked
     assert server.seen < 10  # an endpoint that only redirects is given up on
     (reason,) = found.query("SELECT DISTINCT reason FROM trials")[0]
     assert f"redirects to {where}/chat/completions" in reason
@@ -318,7 +319,7 @@ def test_a_long_retry_after_is_shortened_and_shown(leadline, server, study_file,
     shown = " ".join(ran.stderr.split())
     assert "Retry-After is" in shown
     assert "shortened to 0.2 s (max_retry_after: under limits:)" in shown
-    assert shown.count("shortened") == 1  # once for each endpoint
+    assert shown.count("max_retry_after: under limits:") == 1  # once for each endpoint
     assert "shortened to 0.2 s" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -214,3 +214,44 @@ assert "torch" not in sys.modules
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     expected = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert (done.stdout, done.stderr) == (f"{expected!r}\n", "")
+
+
+def test_two_threads_load_tokenizers_at_once(tmp_path: Path) -> None:
+    """transformers puts another module in its own place while it is imported, so a second thread
+    that imports it meanwhile gets one without its classes."""
+    folder = saved(tmp_path, CHATML)
+    script = f"""
+import sys, threading
+from leadline.models.template import Template
+sys.setswitchinterval(1e-5)
+problems = []
+def load():
+    try:
+        Template.load({str(folder)!r})
+    except BaseException as error:
+        problems.append(repr(error))
+threads = [threading.Thread(target=load) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(problems)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_an_endpoint_keeps_the_error_of_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message has the reason, and the original error is the cause."""
+    import asyncio
+
+    from leadline.models.openai import Endpoint
+    from leadline.models.spec import Limits, ModelSpec
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise ImportError("cannot import name 'AutoTokenizer' from 'transformers'")
+
+    monkeypatch.setattr(Template, "load", broken)
+    spec = ModelSpec(model="m", url="http://127.0.0.1:9/v1", interface="completions")
+    with pytest.raises(LeadlineError, match="cannot import name 'AutoTokenizer'") as caught:
+        asyncio.run(Endpoint(spec, Limits())._load_template())
+    assert isinstance(caught.value.__cause__, ImportError)
+    assert "pip install 'leadline[local]'" in str(caught.value)

@@ -133,13 +133,56 @@ def test_divergence_at_the_start_and_along_the_whole_answer() -> None:
 def test_divergence_of_a_model_from_itself_and_of_short_answers() -> None:
     points = [{"model": "m", "position": t, **around(0)} for t in range(9)]
     (sentence,) = findings({"models": ["m"], "base": "b", "kl": points})
-    assert sentence.startswith(
-        "m hardly differs from b anywhere along the answer: the KL is at most 0"
-    )
+    assert sentence.startswith("m does not differ from b along the answer: the KL is below 0.0001")
     points = [{"model": "m", "position": t, **around(3)} for t in range(3)]
     assert findings({"kl": points}) == [
         "m differs from the base: the KL is at most 3 [2.8, 3.2] nats, at position 2."
     ]
+
+
+def test_equal_models_have_no_share_of_the_kl_at_the_start(tmp_path: Path) -> None:
+    """Rounding errors have a share, too: 5 of 25 positions would be 20%."""
+    points = [{"model": "m", "position": t, **around(1e-7)} for t in range(25)]
+    data = {"models": ["m"], "base": "b", "kl": points}
+    assert findings(data) == [
+        "m does not differ from b along the answer: the KL is below 0.0001 nats at every position."
+    ]
+    _, page = write(tmp_path, data)
+    assert "20%" not in page.text
+    assert "KL below 0.01 nats everywhere" in page.text
+    nearly = [{**point, **around(0.004)} for point in points]
+    (sentence,) = findings({**data, "kl": nearly})
+    assert sentence.startswith("m hardly differs from b anywhere along the answer: the KL is at")
+    assert "%" not in sentence
+
+
+def test_a_d50_of_zero_is_said_in_words(tmp_path: Path) -> None:
+    """Direct requests break half of the prompts already: no number of tokens, no interval."""
+    zero = {"censored": "below", "at": 0, "high": 0.0, "unit": "tokens", "n": 48}
+    data = {**prefill(k0=1, k1=1), "d50": {"m": {"prefill": zero}}}
+    _, page = write(tmp_path, data)
+    assert "none needed" in page.text
+    assert "half are broken without any" in page.text
+    for wrong in ("[below 0, 0]", "[0, 0]", "0 tokens"):
+        assert wrong not in page.text
+    unclear = {**zero, "high": 5.0}  # not clearly above half until 5 tokens
+    _, page = write(tmp_path, {**data, "d50": {"m": {"prefill": unclear}}})
+    assert "[0, 5]" in page.text
+
+
+def test_the_table_of_before_and_after_has_no_d50_of_zero_either() -> None:
+    from leadline.cli.align import _value_and_interval
+
+    depth = {
+        "value": None,
+        "low": None,
+        "high": 0.0,
+        "censored": "below",
+        "at": 0,
+        "unit": "tokens",
+    }
+    assert _value_and_interval(depth) == ("none needed", "half are broken without any")
+    assert _value_and_interval({**depth, "at": 1, "high": 1.0}) == ("1 or less", "[open, 1.0]")
 
 
 def test_fine_tuning_is_reported_with_d50_in_steps_and_examples() -> None:

@@ -11,6 +11,7 @@ import asyncio
 import gc
 import logging
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -22,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from . import judges, plan
+from .analysis import completeness
 from .analysis.judge_error import store_check
 from .assist import Assistance, CachedModel, respond, store_response
 from .models import checked, close, connect, prepare
 from .models.spec import ModelSpec
 from .plan import Attack, Plan, Target
-from .progress import Listener, Progress
+from .progress import SAME, Failures, Listener, Progress
 from .records import (
     Attempt,
     AttemptFailed,
@@ -84,7 +86,7 @@ def run(
         if not keep:
             _check_same_study(store, loaded_plan)
         state = _Run(loaded_plan, store, listener or (lambda progress: None))
-        run_to_completion(_run_study(state, targets, keep=keep))
+        run_to_completion(_run_study(state, targets, limit, keep=keep))
         progress = state.progress
     return Results(Path(out), progress)
 
@@ -188,6 +190,7 @@ class _Run:
         self.attacks = plan.every_attack
         self._reported = 0.0  # when the listener was last called
         self.crashed: set[str] = set()  # plug-ins whose crash is in the notes
+        self.planned: dict[int, int] = {}  # numbers of trials, by cell id
 
     def report_progress(self, *, now: bool = False) -> None:
         """Call the listener, at most ten times per second unless `now`."""
@@ -203,7 +206,7 @@ class _Run:
 
 
 async def _run_study(
-    run: _Run, targets: list[tuple[ModelSpec, Model]], *, keep: bool = False
+    run: _Run, targets: list[tuple[ModelSpec, Model]], limit: int | None, *, keep: bool
 ) -> None:
     """Run all targets: endpoints concurrently, local models one after another, since they share
     this machine's memory."""
@@ -222,6 +225,16 @@ async def _run_study(
         store.drop_samples(samples)  # what is needed of them is judged again, without a request
     run.progress.total = plan.count(run.plan)
     run.progress.done = dict.fromkeys(run.progress.total, 0)
+    run.progress.failures = {label: Failures() for label in run.progress.total}
+    for (*names, attack), trials in plan.count_cells(run.plan).items():
+        cell = store.cell_id(names[0], names[1], names[2], attack, run.attacks[attack].pool)
+        run.planned[cell] = trials
+    aside: dict[str, str] = {}
+    if keep:
+        run.planned = completeness.planned(store) | run.planned
+        aside = store.description("set_aside", {})
+    store.describe("set_aside", {k: v for k, v in aside.items() if k not in run.progress.total})
+    completeness.describe(store, run.planned, limit)
     auxiliary = _build_judges(run)
     if study.attacker and any(a.asks_attacker for a in run.attacks.values()):
         attacker = connect(study.attacker, study.limits, study.locate)
@@ -242,6 +255,7 @@ async def _run_study(
         for model in auxiliary.values():
             await close(model)
     store.flush()
+    completeness.describe(store, run.planned, limit)
     store.describe("finished", _now())
     run.report_progress(now=True)
 
@@ -321,6 +335,8 @@ async def _run_target(run: _Run, spec: ModelSpec, model: Model) -> None:
         for item in work:
             if item is None:
                 await asyncio.sleep(0)  # a chunk was looked up: let the event loop read replies
+            elif _left_unasked(run, spec.label, item):
+                continue
             elif isinstance(item, _Work):
                 await _respond_and_judge(run, cached, item)
             else:
@@ -336,6 +352,27 @@ async def _run_target(run: _Run, spec: ModelSpec, model: Model) -> None:
             task.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
         await close(model)
+
+
+def _left_unasked(run: _Run, label: str, item: _Work | _OpenTrial) -> bool:
+    """Whether an item is left for a later run, since its target fails in the same way every time.
+    Stored responses are judged all the same."""
+    failures = run.progress.failures[label]
+    trials = run.open[item.key] if isinstance(item, _Work) else [item]
+    asks = not isinstance(item, _Work) or item.response is None
+    if not asks or not all(failures.set_aside(trial.attack.label) for trial in trials):
+        return False
+    if isinstance(item, _Work):
+        del run.open[item.key]
+    if not failures.left:
+        reasons = run.store.description("set_aside", {}) | {label: failures.reason}
+        run.store.describe("set_aside", reasons)
+        run.note(
+            f"{label} failed {SAME} times in the same way: its other trials are left for a later "
+            f"run: {visible(failures.reason)}"
+        )
+    failures.left += len(trials)
+    return True
 
 
 def _all_stored(run: _Run, target: Target) -> bool:
@@ -383,8 +420,10 @@ def _missing(run: _Run, target: Target, unavailable: str) -> Iterator[_Work | _O
     store, label = run.store, target.spec.label
     trials = plan.trials(run.plan, target)
     samples: dict[int, int] = {}  # by cell
+    planned: Counter[int] = Counter()  # by cell
     while chunk := list(islice(trials, _CHUNK)):
         places = [_place(run, trial) for trial in chunk]
+        planned.update(place.cell for place in places)
         for place in places:
             samples[place.cell] = max(place.sample + 1, samples.get(place.cell, 0))
         stored = store.stored(places)
@@ -397,7 +436,7 @@ def _missing(run: _Run, target: Target, unavailable: str) -> Iterator[_Work | _O
             if trial.outcome:
                 if not (same and row and row.outcome == trial.outcome):
                     store.put_trial(place, b"", trial.outcome, trial.reason, stale=stale)
-                _count(run, label, trial.outcome)
+                _count(run, label, trial.outcome, trial.reason)
                 continue
             if same and row and _is_done(run, trial, row):
                 run.progress.known += row.outcome != "not_applicable"
@@ -406,7 +445,7 @@ def _missing(run: _Run, target: Target, unavailable: str) -> Iterator[_Work | _O
             recipe = b"" if trial.request else trial.key
             if unavailable and trial.key not in answered:
                 store.put_trial(place, trial.key, "failed", unavailable, recipe=recipe, stale=stale)
-                _count(run, label, "failed")
+                _count(run, label, "failed", unavailable)
                 continue
             attack = run.attacks[trial.attack]
             open_trial = _OpenTrial(trial, attack, place, recipe, stale, again=same)
@@ -421,6 +460,7 @@ def _missing(run: _Run, target: Target, unavailable: str) -> Iterator[_Work | _O
         run.report_progress()
         yield None
         yield from work
+    run.planned.update(planned)  # exact now
     for cell, number in samples.items():  # attempts that the attack no longer makes
         if store.query("SELECT 1 FROM trials WHERE cell = ? AND sample >= ?", (cell, number)):
             store.drop_samples(number, cell)
@@ -433,10 +473,12 @@ def _is_done(run: _Run, trial: Trial, row: StoredTrial) -> bool:
     return row.judged >= {judge.id for judge in run.judges[trial.prompt.dataset]}
 
 
-def _count(run: _Run, label: str, outcome: str) -> None:
+def _count(run: _Run, label: str, outcome: str, reason: str = "") -> None:
     progress = run.progress
     progress.done[label] += 1
-    progress.failed += outcome == "failed"
+    if outcome == "failed":
+        progress.failed += 1
+        progress.failures[label].count(reason)
     progress.not_applicable += outcome == "not_applicable"
 
 
@@ -478,7 +520,7 @@ async def _make_assisted_attempt(run: _Run, target: CachedModel, open_trial: _Op
             open_trial.place, b"", outcome, reason,
             recipe=open_trial.recipe, stale=open_trial.stale,
         )  # fmt: skip
-        _count(run, trial.model, outcome)
+        _count(run, trial.model, outcome, reason)
         run.report_progress()
         return
     sampling = study.sampling.record(study.seed)
@@ -495,19 +537,25 @@ async def _make_assisted_attempt(run: _Run, target: CachedModel, open_trial: _Op
 async def _respond_and_judge(run: _Run, target: CachedModel, work: _Work) -> None:
     """Get and store the response to a request, and judge it for every trial with its key."""
     response, store = work.response, run.store
+    asked = response is None
     if response is None:
         response = await respond(target.model, work.request)
         run.progress.asked += 1
         store_response(store, work.key, work.request, response)
     outcome = _outcome(response)
-    for open_trial in run.open.pop(work.key):
+    open_trials = run.open.pop(work.key)
+    if asked and outcome != "not_applicable":
+        first = open_trials[0]
+        reason = response.error or "no reason given" if outcome == "failed" else ""
+        run.progress.failures[first.trial.model].note(first.attack.label, reason)
+    for open_trial in open_trials:
         store.put_trial(
             open_trial.place, work.key, outcome, response.error,
             recipe=open_trial.recipe, stale=open_trial.stale,
         )  # fmt: skip
         if outcome not in ("failed", "not_applicable"):
             await _judge(run, target, open_trial, response)
-        _count(run, open_trial.trial.model, outcome)
+        _count(run, open_trial.trial.model, outcome, response.error)
     run.report_progress()
 
 

@@ -466,7 +466,7 @@ def estimate(plan: Plan) -> list[Estimate]:
     for spec in plan.study.targets:
         counts = dict.fromkeys(("trials", "requests", "prompt", "answer"), 0)
         for _, attack, prompts in _blocks(plan):
-            each = _trials_per_prompt(plan, spec, attack, prompts)
+            each = _trials_per_prompt(plan, attack, prompts) * len(spec.thinking)
             counts["trials"] += len(prompts) * each
             sampled = prompts[:: max(1, len(prompts) // 20)]
             sizes = [size for p in sampled if (size := _size(attack, p, plan.study, spec))]
@@ -482,22 +482,31 @@ def estimate(plan: Plan) -> list[Estimate]:
 
 
 def count(plan: Plan) -> dict[str, int]:
-    """The number of trials by target."""
+    """The number of trials by target, see `count_cells`."""
+    totals: dict[str, int] = {}
+    for (model, *_), trials in count_cells(plan).items():
+        totals[model] = totals.get(model, 0) + trials
+    return totals
+
+
+def count_cells(plan: Plan) -> dict[tuple[str, str, str, str], int]:
+    """The number of trials of each cell: by model, thinking mode, dataset and attack. It is too
+    large where an attack of several attempts is not applicable to some prompts."""
     return {
-        spec.label: sum(
-            len(ps) * _trials_per_prompt(plan, spec, a, ps) for _, a, ps in _blocks(plan)
-        )
+        (spec.label, thinking, dataset, attack.label): len(prompts)
+        * _trials_per_prompt(plan, attack, prompts)
         for spec in plan.study.targets
+        for thinking, (dataset, attack, prompts) in itertools.product(spec.thinking, _blocks(plan))
     }
 
 
-def _trials_per_prompt(plan: Plan, spec: ModelSpec, attack: Attack, prompts: list[Prompt]) -> int:
-    """Attempts (1 unless the attack's pool is "any") x samples x thinking modes."""
+def _trials_per_prompt(plan: Plan, attack: Attack, prompts: list[Prompt]) -> int:
+    """Attempts (1 unless the attack's pool is "any") x samples."""
     attempts = 1
     if attack.pool == "any" and not attack.assisted:
         with contextlib.suppress(Exception):
             attempts = len(attack.attempts(prompts[0], plan.study.seed))
-    return attempts * plan.study.sampling.samples * len(spec.thinking)
+    return attempts * plan.study.sampling.samples
 
 
 def _size(attack: Attack, prompt: Prompt, study: Study, spec: ModelSpec) -> tuple[int, int] | None:

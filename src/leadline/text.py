@@ -26,6 +26,13 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
+def shown(value: object) -> str:
+    """A value as one line of text for the terminal: names, errors and replies may hold terminal
+    escapes, line breaks and secrets."""
+    text = visible(scrub(str(value)))
+    return text.replace("\n", "⟨U+000A⟩").replace("\t", "⟨U+0009⟩")
+
+
 def shorten(text: str, most: int) -> str:
     """The first `most` characters, followed by the number of characters that were removed."""
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most} more characters]"

@@ -9,12 +9,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..secret import scrub
-from ..text import visible
+from ..text import shown, visible
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -50,13 +50,6 @@ class _Formatter(logging.Formatter):
         return visible(scrub(super().format(record)))
 
 
-def shown(value: object) -> str:
-    """A value as one line of text for the terminal: names, errors and replies may hold terminal
-    escapes, line breaks and secrets."""
-    text = visible(scrub(str(value)))
-    return text.replace("\n", "⟨U+000A⟩").replace("\t", "⟨U+0009⟩")
-
-
 def say(text: object) -> None:
     """Print one line to stdout."""
     print(shown(text))
@@ -83,47 +76,17 @@ def _common(
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """A listener that shows one progress bar per target (or part of the work) on stderr."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bars
+    """A listener that shows progress on stderr: a bar per target (or part of the work) in a
+    terminal, elsewhere a line every 30 s."""
+    from . import _progress
 
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("remaining"), TimeRemainingColumn(),
-        TextColumn("{task.fields[failures]}"),
-    )  # fmt: skip
     log = logging.getLogger("leadline")
     previous_handlers = log.handlers
-    bars = Bars(*columns, console=console, transient=False)
-    tasks: dict[str, Any] = {}
-
-    def listen(progress: Progress) -> None:
-        if not tasks:  # not earlier: an error before the first report then leaves no empty bars
-            bars.start()
-        for name, total in progress.total.items():
-            if name not in tasks:
-                tasks[name] = bars.add_task(shown(name), total=total, failures="")
-            failures = f"{progress.failed} failed" if progress.failed else ""
-            done = progress.done.get(name, 0)
-            bars.update(tasks[name], total=total, completed=done, failures=failures)
-
-    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
-    handler.setFormatter(_Formatter("%(message)s"))
-    log.handlers = [handler]
+    show = _progress.show_bars if sys.stderr.isatty() else _progress.show_lines
     try:
-        yield listen
+        with show(_Formatter("%(message)s")) as listen:
+            yield listen
     finally:
-        if tasks:
-            bars.stop()
         log.handlers = previous_handlers
 
 

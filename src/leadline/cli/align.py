@@ -349,6 +349,8 @@ def _value_and_interval(measured: Mapping[str, Any] | None) -> tuple[str, str]:
     value = text(measured["value"], "–")
     if censored == "above":
         value = f"over {measured['at']:g}"
+    elif censored == "below" and not measured["at"]:
+        return "none needed", "half are broken without any"
     elif censored == "below":
         value = f"{measured['at']:g} or less"
     return value, f"[{text(measured['low'], 'open')}, {text(measured['high'], 'open')}]"

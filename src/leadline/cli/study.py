@@ -113,9 +113,16 @@ def _run(
             f"{unscored} trials are unscored, and not counted as safe: run the same command again "
             "to judge only these"
         )
+    failures = results.progress.failures if results.progress else {}
+    for target, those in failures.items():
+        if those.reasons:
+            warn(f"{target}: {those.text()}")
     if failed:
         warn(f"{failed} trials failed: run the same command again to retry only these")
-    if failed or unscored:
+    left = sum(those.left for those in failures.values())
+    if left:
+        warn(f"{left} trials were not asked: fix the cause and run the same command again")
+    if failed or unscored or left:
         raise typer.Exit(EXIT_FAILED)
 
 

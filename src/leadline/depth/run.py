@@ -30,6 +30,7 @@ from ..secret import hide, trace
 from ..text import one_line
 from ..version import __version__
 from .budgets import BUDGETS
+from .earlier import NOT_REQUESTED, with_earlier
 from .session import Session, tokenizer_of
 
 log = logging.getLogger("leadline")
@@ -76,7 +77,8 @@ def measure_depth(
     `dataset` and `judge` are written as in a study file (default judge: the dataset's own); some
     measures need prompts with target answers. `budget` is "quick", "standard" or "full" (see
     `leadline.depth.budgets`). `measures` are names from `leadline list measures` (None: all). A
-    call with the same arguments resumes one that was stopped.
+    call with the same arguments resumes one that was stopped; one with other models, measures or
+    another budget adds its results to the report in `out`.
 
     Raises LeadlineError for invalid arguments, before anything is measured. A measure that fails
     for a model is skipped, with the reason in the report.
@@ -101,7 +103,7 @@ def measure_depth(
     _check_writable(Path(out))
     for plugin in plugins("measure"):
         if plugin not in chosen:
-            session.skipped[plugin.name] = "not requested"
+            session.skipped[plugin.name] = NOT_REQUESTED
         elif missing := _missing(session, plugin):
             session.skipped[plugin.name] = missing
         else:
@@ -155,6 +157,8 @@ def _report(session: Session, budget: str) -> DepthReport:
         "dataset": session.dataset_name,
         "budget": budget,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": f"{__version__} {session.source}",
+        "revisions": {name: Checkpoint.find(name).revision for name in session.names},
         "findings": [],
         **{name: session.points.get(name, []) for name in lists},
         "d50": session.d50,
@@ -162,8 +166,9 @@ def _report(session: Session, budget: str) -> DepthReport:
         "skipped": session.skipped,
     }
     data = json.loads(json.dumps(data, allow_nan=False))  # the same types as in the file
-    data["findings"] = findings(data)
     file = session.out / "depth.json"
+    data = with_earlier(data, file)
+    data["findings"] = findings(data)
     write_private(file, json.dumps(data, indent=1, allow_nan=False) + "\n")
     return DepthReport(data, file, write_depth_report(session.out).html)
 

@@ -33,9 +33,9 @@ class Session:
     """The inputs of the measures, and the methods that record their results.
 
     `models` and `base` are names, `prompts` the harmful prompts, `targeted` those with a target
-    answer, `budget` the limits of this run. A measure records its results with `add` and `add_d50`,
-    in `settings` (by measure, everything that the numbers depend on) and in `skipped` (by measure,
-    the reason why it was not measured).
+    answer, `budget` the limits of this run; `source` identifies dataset and judge. A measure
+    records its results with `add` and `add_d50`, in `settings` (by measure, everything that the
+    numbers depend on) and in `skipped` (by measure, the reason why it was not measured).
 
     Raises LeadlineError where the dataset or judge cannot be loaded, or no prompt is harmful.
     """
@@ -62,6 +62,9 @@ class Session:
         loaded = plan.load(study)
         ((self.dataset_name, prompts),) = loaded.prompts.items()
         self.judge: JudgePick = loaded.judges[self.dataset_name][0]
+        self.source = folder_name(
+            self.dataset_name, json.dumps([*texts(prompts), self.judge.model_dump_json()])
+        )
         harmful = sum(p.harmful for p in prompts)
         # Limits harmful and harmless prompts together, to leave `budget.prompts` harmful ones.
         self._limit: int | None = None
@@ -82,6 +85,11 @@ class Session:
     def has_judge(self) -> bool:
         """Whether the caller chose the judge (otherwise it is the dataset's own)."""
         return bool(self._judges)
+
+    @property
+    def names(self) -> list[str]:
+        """The models and the base."""
+        return list(dict.fromkeys([*self.models, *([] if self.base is None else [self.base])]))
 
     # -- results ----------------------------------------------------------------------------------
 

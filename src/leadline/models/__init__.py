@@ -14,6 +14,7 @@ from ..records import LeadlineError, Model
 from ..registry import get, model
 from ..secret import trace
 from ..text import one_line
+from .checkpoint import is_gguf
 from .spec import Limits, ModelSpec
 
 log = logging.getLogger("leadline")
@@ -97,14 +98,18 @@ def _openai(spec: ModelSpec, limits: Limits, locate: Locate) -> Model:
 
 
 @model(
-    "huggingface", source="a folder or a hub id, through transformers", needs=("leadline[local]",)
+    "huggingface",
+    source="a folder, a .gguf file or a hub id, through transformers",
+    needs=("leadline[local]",),
 )
 def _huggingface(spec: ModelSpec, limits: Limits, locate: Locate) -> Model:
     """Local weights of any causal language model that transformers loads."""
-    folder = locate(spec.model)
+    path = locate(spec.model)
     looks_local = spec.model.startswith((".", "/", "~")) or spec.model.count("/") > 1
-    if folder.is_dir():
-        return _local(spec, locate, folder)
+    if path.is_dir() or (is_gguf(path) and path.is_file()):
+        return _local(spec, locate, path)
+    if is_gguf(path):
+        raise LeadlineError(f"no model file {spec.model}: correct the path under targets:")
     if looks_local:
         raise LeadlineError(f"no model folder {spec.model}: correct the path under targets:")
     return _local(spec, locate, spec.model)

@@ -1,4 +1,5 @@
-"""Model checkpoints in folders and on the Hugging Face hub, identified by their content."""
+"""Model checkpoints in folders, in GGUF files and on the Hugging Face hub, identified by their
+content."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +16,8 @@ from .. import organism
 from ..records import LeadlineError
 from ..text import one_line
 
+_HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"
+_CONFIGS = ("config", "adapter_config")
 _BLOCK, _BLOCKS = 65536, 64  # size in bytes and number of the blocks that are hashed
 # Files that decide what a model generates.
 _HASHED_FILES = (
@@ -24,8 +28,8 @@ _HASHED_FILES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model: the name that the user gave, its folder or hub id (`path`), and its revision: the
-    fingerprint of a local folder, or the commit of a hub id."""
+    """A model: the name that the user gave, its folder, GGUF file or hub id (`path`), and its
+    revision: the fingerprint of a local model, or the commit of a hub id."""
 
     name: str
     path: str
@@ -34,15 +38,15 @@ class Checkpoint:
 
     @staticmethod
     def find(name: str | Path) -> Checkpoint:
-        """The checkpoint of a folder, a hub id or an organism ("organism:aligned").
+        """The checkpoint of a folder, a GGUF file, a hub id or an organism ("organism:aligned").
 
         Raises LeadlineError where there is none, or the folder is not one of a model.
         """
         is_organism = str(name).startswith("organism:")
-        local = organism.path(str(name)) if is_organism else folder(name)
+        local = organism.path(str(name)) if is_organism else local_path(name)
         if local is None:
             return Checkpoint(str(name), str(name), commit(str(name), None), False)
-        check_folder(local)
+        check_local(local)
         return Checkpoint(str(name), str(local), fingerprint(local), True)
 
     @property
@@ -51,17 +55,38 @@ class Checkpoint:
         return None if self.local else self.revision
 
 
-def folder(path: str | Path) -> Path | None:
-    """The folder of a local model, or None for a hub id. Raises LeadlineError for neither."""
+def local_path(path: str | Path) -> Path | None:
+    """The folder or GGUF file of a local model, or None for a hub id. A folder that holds one GGUF
+    file and no config.json is that file.
+
+    Raises LeadlineError for anything else, and for a folder with several GGUF files.
+    """
     local = Path(path).expanduser()
     if local.is_dir():
+        files = sorted(file.name for file in local.glob("*.gguf"))
+        if not files or any((local / f"{kind}.json").is_file() for kind in _CONFIGS):
+            return local
+        if len(files) > 1:
+            raise LeadlineError(
+                f"model {path}: the folder has {len(files)} GGUF files and no config.json: give "
+                f"the path of one of them: {', '.join(files[:8])}{', ...' * (len(files) > 8)}"
+            )
+        return local / files[0]
+    if is_gguf(local) and local.is_file():
         return local
-    if local.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)):
-        problem = "it is a file" if local.exists() else "there is no such folder"
+    if local.exists() or is_gguf(local) or not re.fullmatch(_HUB_ID, str(path)):
+        problem = "there is no such " + ("file" if is_gguf(local) else "folder")
+        problem = "it is a file" if local.exists() else problem
         raise LeadlineError(
-            f"model {path}: {problem}: use a folder written by save_pretrained, or a hub id"
+            f"model {path}: {problem}: use a folder written by save_pretrained, a .gguf file, or "
+            "a hub id"
         )
     return None
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether this is the path of a GGUF file, by its name."""
+    return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()
 
 
 def commit(hub_id: str, revision: str | None) -> str:
@@ -108,11 +133,15 @@ def adapter_base(path: Path) -> str | None:
 
 
 def fingerprint(path: Path) -> str:
-    """BLAKE2b-128 hash of a model folder (hex digest), including an adapter's local base model.
+    """BLAKE2b-128 hash of a model folder (hex digest), including an adapter's local base model; or
+    of the content of a GGUF file.
 
-    Configuration and tokenizer files are hashed in full; of each weights file, the size and up to
-    64 evenly spaced blocks of 64 KiB.
+    Configuration and tokenizer files are hashed in full; of each safetensors file, the size and up
+    to 64 evenly spaced blocks of 64 KiB.
     """
+    if is_gguf(path):
+        stat = path.stat()
+        return _file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
     digest = blake2b(digest_size=16)
     files = {file for pattern in _HASHED_FILES for file in path.glob(pattern)}
     for file in sorted(files):
@@ -132,9 +161,22 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_folder(path: Path) -> None:
-    """Raises LeadlineError where a folder lacks a config or safetensors weights, or holds an
-    adapter and peft is not installed."""
+@lru_cache
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    """The hash of a file, computed once for each size and time of the last change."""
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_local(path: Path) -> None:
+    """Raises LeadlineError for a GGUF file that cannot be loaded, and where a folder lacks a config
+    or safetensors weights, or holds an adapter and peft is not installed."""
+    if is_gguf(path):
+        _check_gguf(path)
+        return
     adapter = adapter_base(path) is not None
     if not adapter and not (path / "config.json").is_file():
         raise LeadlineError(
@@ -148,3 +190,21 @@ def check_folder(path: Path) -> None:
         )
     if adapter and not find_spec("peft"):
         raise LeadlineError(f"model {path} is an adapter, which requires peft: pip install peft")
+
+
+def _check_gguf(path: Path) -> None:
+    serve = f"serve it with llama.cpp (llama-server -m {path.name}), and measure the server as a "
+    serve += "study's target with url: http://localhost:8080/v1"
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise LeadlineError(f"model {path}: it is not a GGUF file: download it again")
+    if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+        raise LeadlineError(
+            f"model {path}: it is one part of a split model, which transformers does not load: "
+            f"join the parts with llama-gguf-split --merge, or {serve}"
+        )
+    if not find_spec("gguf"):
+        raise LeadlineError(
+            f"model {path}: reading a GGUF file requires the package gguf: "
+            f"pip install 'leadline[gguf]', or {serve}"
+        )

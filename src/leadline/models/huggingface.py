@@ -18,7 +18,7 @@ from typing import Any
 
 from ..records import LeadlineError, NotApplicable, Request, Response
 from ..text import one_line
-from .checkpoint import check_folder, commit, fingerprint, folder
+from .checkpoint import check_local, commit, fingerprint, local_path
 from .shared_prefix import prefix_groups
 from .template import Template, read_template
 from .weights import Job, Reply, Weights
@@ -28,7 +28,8 @@ _FILL_SECONDS = 0.002  # how long a batch that is not full waits for more reques
 
 
 class HuggingFaceModel:
-    """A folder or hub id as a `Model`. Weights must be safetensors; code from the hub never runs.
+    """A folder, GGUF file or hub id as a `Model`. Weights are safetensors or GGUF; code from a hub
+    never runs.
 
     A batch has at most `batch_size` requests and `batch_tokens` tokens (rows x the longest prompt
     and answer), and is halved if it does not fit in memory. Answers do not depend on the other
@@ -94,13 +95,14 @@ class HuggingFaceModel:
     def identity(self) -> Mapping[str, Any]:
         """What identifies the model in the keys of the trials.
 
-        A folder is identified by a hash of its content, so it can be moved; a hub id by its commit.
+        A folder or GGUF file is identified by a hash of its content, so it can be moved; a hub id
+        by its commit.
         Raises LeadlineError if there is no model.
         """
         if self._identity is None:
-            local = folder(self._path)
+            local = local_path(self._path)
             if local:
-                check_folder(local)
+                check_local(local)
             template = read_template(self._chat_template) if self._chat_template else ""
             options = {
                 "reasoning": self._reasoning,
@@ -181,15 +183,15 @@ class HuggingFaceModel:
     def _load(self) -> None:
         if self._loaded is None:
             content = str(self.identity["revision"])  # first: checks that there is a model
-            revision = None if folder(self._path) else content
+            local = local_path(self._path)
+            path, revision = (str(local), None) if local else (self._path, content)
             template = Template.load(
-                self._path,
+                path,
                 reasoning=self._reasoning,
                 chat_template=self._chat_template,
                 revision=revision,
                 arguments=self._arguments,
             )
-            path = str(Path(self._path).expanduser()) if revision is None else self._path
             weights = Weights.load(path, revision, self._dtype, self._device)
             weights.stops |= {template.tokenizer.eos_token_id} - {None}
             self._loaded = template, weights

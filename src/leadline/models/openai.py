@@ -27,6 +27,7 @@ from ..records import (
     Sampling,
 )
 from ..secret import hide, without_secrets
+from ..text import one_line
 from . import reasoning
 from ._exchange import BLOCKED, Exchange, Fault, Reply
 from .spec import Limits, ModelSpec
@@ -109,11 +110,12 @@ class Endpoint:
             raise LeadlineError(
                 f"{self.name}: {error} (rendering prompts needs a tokenizer: set tokenizer: to "
                 "its folder or hub id)"
-            ) from None
-        except ImportError:
+            ) from error
+        except ImportError as error:
             raise LeadlineError(
-                f"{self.name}: rendering prompts needs transformers: pip install 'leadline[local]'"
-            ) from None
+                f"{self.name}: rendering prompts needs transformers, which cannot be imported "
+                f"({one_line(error)}): pip install 'leadline[local]'"
+            ) from error
 
     async def _find_prefix_method(self) -> str:
         """Probe the prefix methods and select the best usable one; else return why there is none.

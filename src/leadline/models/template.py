@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,11 @@ from typing import Any
 from ..records import LeadlineError, NotApplicable, Request, ResponsePrefix
 from ..text import one_line
 from . import reasoning as formats
-from .checkpoint import adapter_base, commit, folder
+from .checkpoint import adapter_base, check_local, commit, is_gguf, local_path
+
+LOADING = threading.RLock()
+"""Held while transformers is imported or loads something. It puts another module in its place while
+it is imported, so a second thread that imports it gets a module without its classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class Template:
         revision: str | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> Template:
-        """Load the tokenizer of a folder or hub id.
+        """Load the tokenizer of a folder, GGUF file or hub id.
 
         `chat_template` is a jinja file that replaces the tokenizer's own. `reasoning` names the
         reasoning format; without it, the format is detected from the template. Raises LeadlineError
@@ -221,26 +226,36 @@ def read_template(file: str | Path) -> str:
 
 
 def load_tokenizer(path: str | Path, revision: str | None) -> Any:
-    """The tokenizer of a folder or hub id. An adapter without one uses its base model's.
+    """The tokenizer of a folder, GGUF file or hub id. An adapter without one uses its base model's.
 
     Raises LeadlineError if there is no tokenizer.
     """
     # Without torch, transformers warns that models are unavailable.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    local = folder(path)
-    if local and not any(local.glob("*token*")) and (base := adapter_base(local)):
+    local = local_path(path)
+    if local and is_gguf(local):
+        check_local(local)
+    elif local and not any(local.glob("*token*")) and (base := adapter_base(local)):
         return load_tokenizer(base, None)
     revision = None if local else commit(str(path), revision)
+    with LOADING:
+        from transformers import AutoTokenizer
     try:
-        with quiet():
+        with LOADING, quiet():
             return AutoTokenizer.from_pretrained(
-                local or path, revision=revision, trust_remote_code=False
+                **source(local or path), revision=revision, trust_remote_code=False
             )
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         fix = "use a folder that has one" if local else "set HF_TOKEN if the model is gated"
         raise LeadlineError(f"model {path}: no tokenizer ({one_line(error)}): {fix}") from error
+
+
+def source(path: str | Path) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for a folder, hub id or GGUF file."""
+    if not is_gguf(path):
+        return {"pretrained_model_name_or_path": path}
+    file = Path(path)
+    return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
 
 
 @contextmanager

@@ -10,8 +10,10 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from hashlib import blake2b
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from ..records import Finish, LeadlineError, Sampling
 from ..text import one_line
 from . import shared_prefix
+from .checkpoint import is_gguf
 from .memory import out_of_memory
-from .template import quiet
+from .template import LOADING, quiet, source
 
 if TYPE_CHECKING:
     import torch
@@ -85,22 +88,29 @@ class Weights:
 
     @staticmethod
     def load(path: str, revision: str | None, dtype: str | None, device: str | None) -> Weights:
-        """Load a causal language model from a folder or hub id; code from the hub never runs.
+        """Load a causal language model from a folder, hub id or GGUF file, whose weights are
+        unpacked to `dtype`; code from the hub never runs.
 
         The defaults are bfloat16 on a GPU (spread over several where accelerate is installed) and
         float32 on the CPU. Raises LeadlineError where the weights do not load or are incomplete.
         """
         import torch
-        from transformers import AutoModelForCausalLM
 
+        with LOADING:
+            import transformers
+
+            auto: Any = transformers.AutoModelForCausalLM
         gpu = (device or "cuda").startswith("cuda") and torch.cuda.is_available()
         placement = {"device_map": "auto"} if gpu and not device and find_spec("accelerate") else {}
-        auto: Any = AutoModelForCausalLM
+        # Without this, weights can stay packed, which can be neither trained nor saved.
+        packed = getattr(transformers, "GgufConfig", None) if is_gguf(path) else None
+        unpack = {"quantization_config": packed(dequantize=True)} if packed else {}
         model: Any
         try:
-            with quiet(), warnings.catch_warnings(action="ignore"):
+            with LOADING, quiet(), _no_bars(), warnings.catch_warnings(action="ignore"):
                 model, loading_info = auto.from_pretrained(
-                    path,
+                    **source(path),
+                    **unpack,
                     revision=revision,
                     dtype=dtype or (torch.bfloat16 if gpu else torch.float32),
                     use_safetensors=True,
@@ -113,7 +123,7 @@ class Weights:
         except Exception as error:
             raise LeadlineError(
                 f"model {path} does not load ({one_line(error)}): use a causal language model "
-                "with safetensors weights that this transformers version supports"
+                "with safetensors or GGUF weights that this transformers version supports"
             ) from error
         if missing := sorted(loading_info["missing_keys"]):
             raise LeadlineError(
@@ -265,6 +275,19 @@ class Weights:
             return probabilities / variates
 
         return draw
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Turn off the progress bars of tqdm, which transformers uses directly for GGUF files."""
+    from tqdm import tqdm
+
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
 
 
 def _ids(value: int | Sequence[int] | None) -> set[int]:

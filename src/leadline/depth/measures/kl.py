@@ -18,10 +18,16 @@ from ..kl.divergence import kl_by_token
 from ..session import Session, texts
 
 _NOWHERE = " anywhere along the answer"
+_SAME = " along the answer"
+_HARDLY, _ROUNDING = 0.01, 1e-4
+"""KL in nats below which models hardly differ, and below which differences are rounding errors."""
 
 
 def share_of_first(points: Sequence[Position]) -> float | None:
-    """The first `FIRST` positions' share of the KL summed over positions; None if the sum is 0."""
+    """The first `FIRST` positions' share of the KL summed over positions; None where there is
+    hardly any KL to have a share of."""
+    if not points or greatest(points).known < _HARDLY:
+        return None
     total = sum(point.known for point in points)
     first = sum(point.known for point in points if point.position < FIRST)
     return min(max(first / total, 0.0), 1.0) if total > 0 else None
@@ -40,6 +46,8 @@ def findings(depth: Depth) -> list[str]:
         names = [model for model, *_ in found]
         verb = "differ" + "s" * (len(names) == 1)
         verb = f"hardly {verb}" if where == _NOWHERE else verb
+        if where == _SAME:
+            verb = f"{'does' if len(names) == 1 else 'do'} not differ"
         text = per_model((share, f"{model}: {text}") for model, text, share in found)
         text = text if len(found) > 1 else found[0][1]
         sentences.append(f"{named(names)} {verb} from {depth.base or 'the base'}{where}: {text}")
@@ -51,8 +59,10 @@ def _difference(points: Sequence[Position]) -> tuple[str, str]:
     late = [point for point in points if point.position >= FIRST]
     top, share = greatest(points), share_of_first(points)
     even, middle = 1 - len(late) / len(points), median(point.known for point in points)
-    if share is None or top.known < 0.01 or not 0 < even < 1:
-        where = _NOWHERE if top.known < 0.01 else ""
+    if top.known < _ROUNDING:
+        return _SAME, f"the KL is below {_ROUNDING} nats at every position"
+    if share is None or not 0 < even < 1:
+        where = _NOWHERE if share is None else ""
         return where, f"the KL is at most {nats(top)} nats, at position {top.position}"
     first = (
         f"the first {FIRST} of {count(len(points), 'positions')} have {percent(share)} of the KL"
@@ -91,8 +101,10 @@ def columns(depth: Depth) -> list[Column]:
     def cell(depth: Depth, model: str) -> Cell:
         points = depth.of("kl", Position, model)
         share = share_of_first(points)
-        if share is None:
+        if not points:
             return NOT_MEASURED
+        if share is None:
+            return Cell("no share", "zero", (f"KL below {_HARDLY} nats everywhere",))
         small = (f"of {count(len(points), 'positions')}",)
         return Cell(percent(share), "deep", small, 0.0, share)
 

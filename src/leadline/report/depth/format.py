@@ -69,37 +69,44 @@ def nats(point: Point) -> str:
 # -- D50 ------------------------------------------------------------------------------------------
 
 
+def d50_zero(found: D50) -> bool:
+    """Whether half of the prompts are broken at dose 0: by direct requests, before any step."""
+    return found.censored != "above" and (found.at if found.censored else found.value) == 0
+
+
 def d50_number(found: D50) -> str:
-    """D50 without its unit: `10`, `> 80`, `≤ 1`; empty where D50 is not known."""
-    if found.censored and found.at is not None:
-        sign = "> " if found.censored == "above" else "≤ " if found.at else ""
-        return sign + number(found.at)
-    return "" if found.value is None else number(found.value)
+    """D50 with its unit, for a table: `10 tokens`, `> 80 steps`, `≤ 1 step`, `none needed`; empty
+    where D50 is not known."""
+    return d50_text(found).replace("more than ", "> ").replace("at most ", "≤ ")
 
 
 def d50_text(found: D50) -> str:
-    """D50 in words: `10 steps`, `more than 80 steps`, `at most 1 step`; empty where D50 is not
-    known."""
+    """D50 in words: `10 steps`, `more than 80 steps`, `at most 1 step`, `none needed`; empty where
+    D50 is not known."""
     value = found.at if found.censored else found.value
     if value is None:
         return ""
-    text = d50_number(found).replace("> ", "more than ").replace("≤ ", "at most ")
-    unit = found.unit or "units"
-    return f"{text} {unit.removesuffix('s') if value == 1 else unit}"
+    if d50_zero(found):
+        return "none needed"
+    sign = {"above": "more than ", "below": "at most "}.get(found.censored or "", "")
+    return f"{sign}{count(value, found.unit or 'units')}"
 
 
 def d50_interval(found: D50, tried: Sequence[float]) -> str:
     """The interval of a D50: `[8, 13]`; an end outside of the doses tried is written as in
-    `[8, above 40]`. Empty where neither end is known."""
+    `[8, above 40]`. Empty where neither end is known, and where both are dose 0."""
     if found.low is None and found.high is None:
         return ""
     low = number(found.low) if found.low is not None else _outside("below", tried)
     high = number(found.high) if found.high is not None else _outside("above", tried)
-    return f"[{low}, {high}]"
+    return "" if low == high == "0" else f"[{low}, {high}]"
 
 
 def _outside(side: str, tried: Sequence[float]) -> str:
-    return f"{side} {number(min(tried) if side == 'below' else max(tried))}" if tried else "unknown"
+    if not tried:
+        return "unknown"
+    end = min(tried) if side == "below" else max(tried)
+    return "0" if side == "below" and end == 0 else f"{side} {number(end)}"
 
 
 def d50_phrase(found: D50, tried: Sequence[float]) -> str:
@@ -117,7 +124,7 @@ def d50_examples(found: D50) -> float | None:
     """The number of training examples that a D50 in steps corresponds to; None where it is not
     known."""
     steps = found.at if found.censored else found.value
-    if steps is None or found.examples_per_step is None:
+    if not steps or found.examples_per_step is None:
         return None
     return steps * found.examples_per_step
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...text import percent, span
-from .format import count, d50_examples, d50_interval, d50_number, number
+from .format import count, d50_examples, d50_interval, d50_number, d50_zero, number
 from .schema import D50, Depth, Point
 
 
@@ -76,13 +76,13 @@ def d50_cell(found: D50 | None, tried: Sequence[float], every: Sequence[D50]) ->
     dose = min(max((found.at if found.censored else found.value) or 0.0, 0.0), largest)
     examples, first = d50_examples(found), found.first_passage
     small = (
+        "half are broken without any" if d50_zero(found) else "",
         d50_interval(found, tried),
         "" if first is None else f"first passage {number(first)}",
         count(examples, "examples") if examples else "",
     )
     width = math.log1p(dose) / math.log1p(largest)
-    text = f"{d50_number(found)} {found.unit}".strip()
-    return Cell(text, "deep", tuple(filter(None, small)), 0.0, width)
+    return Cell(d50_number(found), "deep", tuple(filter(None, small)), 0.0, width)
 
 
 def table(
@@ -146,7 +146,7 @@ def d50_table(
             if base != measure or not (d50_number(found) or found.note):
                 continue
             examples = d50_examples(found)
-            value = f"{d50_number(found)} {found.unit}" if d50_number(found) else "not defined"
+            value = d50_number(found) or "not defined"
             first = found.first_passage
             row = [
                 Cell(value, "asr"),

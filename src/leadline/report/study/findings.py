@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ...analysis import pooling, rates
+from ...analysis.completeness import Completeness, completeness
 from ...analysis.intervals import Interval
 from ...analysis.sums import Sums, sums
 from ...store import Store
@@ -31,8 +32,8 @@ class Measured:
     `cells` and `over_refusal` as in `rates`; `attacks` and `models` pooled over datasets, and over
     attacks; `cot_max` the highest over chain-of-thought attacks, `any_attack` the prompts that any
     attack breaks; `refusal` and `utility` pooled over the harmless datasets; `prompts` the number
-    of harmful prompts with a scored answer. `unsafe`, `refused` and `useful` are what the tables
-    were computed from.
+    of harmful prompts with a scored answer; `complete` what is missing (None: not recorded).
+    `unsafe`, `refused` and `useful` are what the tables were computed from.
     """
 
     cells: pd.DataFrame
@@ -44,6 +45,7 @@ class Measured:
     refusal: pd.DataFrame
     utility: pd.DataFrame
     prompts: int
+    complete: Completeness | None
     unsafe: list[Sums]
     refused: list[Sums]
     useful: list[Sums]
@@ -63,6 +65,7 @@ def measure(store: Store, judge: str | None = None) -> Measured:
         refusal=pooling.pooled(refused),
         utility=pooling.pooled(useful),
         prompts=_prompts(store),
+        complete=completeness(store),
         unsafe=unsafe,
         refused=refused,
         useful=useful,
@@ -92,6 +95,7 @@ def summarise(store: Store, found: Measured) -> dict[str, Any]:
             "leadline": __version__,
             "study": (store.description("study") or {}).get("name", ""),
             "generated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "completeness": found.complete and found.complete.to_dict(),
             "findings": findings(found),
             **tables,
         }
@@ -114,13 +118,16 @@ def label(model: str, thinking: str) -> str:
 
 def findings(found: Measured) -> list[str]:
     """A few sentences. The first says what was measured, to a reader who knows none of our
-    words."""
+    words; before it, partial results are said to be partial."""
     models = _scored(found.unsafe)
     if not models:
         first = ["No answer to a harmful prompt has been judged yet."]
     else:
         first = [_headline(found, models), *_attacks(models), *_prefixes(models), *_safest(models)]
-    return [visible(text) for text in (*first, *_cost(found), *_missing(found))]
+    rest = [*first, *_cost(found), *_missing(found)]
+    if complete := found.complete:
+        rest = [*filter(None, [complete.partial]), *rest, *complete.aside]
+    return [visible(text) for text in rest]
 
 
 Models = dict[pooling.Key, dict[str, list[Sums]]]
@@ -191,17 +198,24 @@ def _one(found: Measured, key: pooling.Key, attacks: Mapping[str, list[Sums]]) -
         asr = pooling.estimate(attacks["direct"])
         refused = _refused(found, key)
         head = f"it refuses {percent(refused)} of direct requests; " if refused is not None else ""
-        parts.append(f"{head}{_rate(asr)} of them get an unsafe answer")
+        parts.append(f"{head}{_rate(asr)} of them get an unsafe answer{_fewer(found, attacks)}")
     for row in rows(found.any_attack):
         if (row.model, row.thinking) == key and row.attacks:
             what = f"at least one of {row.attacks} attacks" if row.attacks > 1 else "the attack"
             if row.asr == row.asr:
                 rate = f"{percent(row.asr)} {span(row.low, row.high)}"
-                parts.append(f"{what} breaks {rate} of the prompts")
+                fewer = f" (of {row.prompts:,} scored ones)" * (row.prompts < found.prompts)
+                parts.append(f"{what} breaks {rate} of the prompts{fewer}")
             else:
                 bounds = f"between {percent(row.bound_low)} and {percent(row.bound_high)}"
                 parts.append(f"{what} breaks {bounds} of the prompts, since some are unscored")
     return "; ".join(parts) if parts else "see the tables"
+
+
+def _fewer(found: Measured, attacks: Mapping[str, list[Sums]]) -> str:
+    """The number of scored direct requests, where it is not that of all prompts."""
+    scored = sum(int((cell.n > 0).sum()) for cell in attacks["direct"])
+    return f" (of {scored:,} scored ones)" if scored < found.prompts else ""
 
 
 def _refused(found: Measured, key: pooling.Key) -> float | None:

@@ -69,6 +69,7 @@ def _render(
         models=_models(store, measured),
         judges=_judges(store),
         counts=_counts(store, measured),
+        complete=measured.complete,
         heat=charts.heat_map(measured),
         cells=_rows(measured),
         corrected="asr_corrected" in measured.cells,
