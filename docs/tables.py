@@ -5,6 +5,7 @@ A page holds a generated table between two comment lines, which name this script
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -32,7 +33,33 @@ def attacks() -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-TABLES = {"attacks.md": attacks}
+SERVERS = {
+    "vllm": "vLLM",
+    "transformers": "`transformers serve`",
+    "llama-cpp-python": "llama-cpp-python's server",
+    "litellm": "litellm proxy, in front of `transformers serve`",
+}
+BEHAVIOUR = ("temperature", "top_k", "thought", "unknown model", "long prompt", "top_p of 7",
+             "4 at once", "study")  # fmt: skip
+
+
+def servers() -> str:
+    """The Markdown tables of the servers, from the results of `make test-servers`."""
+    file = Path(__file__).parents[1] / "tests" / "servers" / "results.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    prefixes = [("server", "version", "interface", "response prefix", "verified by"), ("---",) * 5]
+    others = [("server", *BEHAVIOUR), ("---",) * (1 + len(BEHAVIOUR))]
+    for name, title in SERVERS.items():
+        found = results.get(name, {})
+        for interface in ("completions", "chat"):
+            way = found.get(interface, {"is": "not verified", "by": ""})
+            prefixes.append((title, found.get("version", ""), interface, way["is"], way["by"]))
+        others.append((title, *(found.get(key, {"is": "–"})["is"] for key in BEHAVIOUR)))
+    tables = ["".join(f"| {' | '.join(row)} |\n" for row in rows) for rows in (prefixes, others)]
+    return "\n".join(tables)
+
+
+TABLES = {"attacks.md": attacks, "servers.md": servers}
 """The function that writes the table, by the name of the page in this folder."""
 
 

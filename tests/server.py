@@ -31,7 +31,8 @@ class Server:
         self.faults: dict[Any, float] = {}
         self.sticky: dict[str, Any] = {}
         self.reply: Callable[[Any], Any] | None = None  # the whole reply, instead of `answer`
-        self.refuse: Callable[[Any], bool] = lambda body: False  # True: status 400
+        self.refuse: Callable[[Any], bool] = lambda body: False  # True: status `refuse_status`
+        self.refuse_status = 400
         self.delay = 0.0
         self.retry_after: str | None = None
         self.most = 10_000  # concurrent requests above which the status is 429
@@ -113,7 +114,7 @@ class Server:
         if kind == "hang":
             await asyncio.sleep(3)
         if kind is None and self.refuse(body):
-            kind = 400
+            kind = self.refuse_status
         if kind is not None:
             return self._fault(request, kind)
         self.asked[text] += 1

@@ -14,7 +14,7 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -189,13 +189,8 @@ class Exchange:
         if self._session:
             await self._session.close()
 
-    async def send(
-        self, body: bytes, revise: Callable[[Fault], bytes | None] = lambda fault: None
-    ) -> Reply | Fault:
-        """Send a request; retry transient failures with exponential backoff and full jitter.
-
-        After a failure, `revise` may return another body to send at once instead.
-        """
+    async def send(self, body: bytes) -> Reply | Fault:
+        """Send a request; retry transient failures with exponential backoff and full jitter."""
         fault, retry = Fault("not sent"), 0
         while True:
             if self._down:
@@ -214,9 +209,6 @@ class Exchange:
             finally:
                 self.gate.leave(throttled=throttled)
             self._check_down(fault)
-            if revised := revise(fault):
-                body = revised
-                continue
             # A rate limit does not mean that the request is at fault, so allow twice the retries.
             retries = self.limits.retries * (2 if fault.status == 429 else 1)
             if not fault.retryable or retry >= retries:

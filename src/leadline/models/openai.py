@@ -70,6 +70,7 @@ class Endpoint:
         self._prefix_method = ""  # a key of _PREFIX_METHODS, once a probe has found a usable one
         self._echoes = False  # whether replies repeat the prefix
         self._as_text = False  # whether /v1/completions needs the prompt as text, not token ids
+        self._without_bos = False  # whether the server adds BOS to a text itself
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -90,10 +91,12 @@ class Endpoint:
         await self.exchange.open()
         if self.spec.interface == "completions" or self.spec.tokenizer:
             await self._load_template()
+        if self.spec.interface == "completions":
+            self.prefix_way = await self._find_prompt_form()
         if self.spec.prefix == "none":
+            self.prefix_way = ""
             return self._no_prefix("the study sets prefix: none for it")
         if self.spec.interface == "completions":
-            self.prefix_way = "rendered with the chat template and sent to /v1/completions"
             return ""
         return await self._find_prefix_method() if prefix else ""
 
@@ -116,6 +119,37 @@ class Endpoint:
                 f"{self.name}: rendering prompts needs transformers, which cannot be imported "
                 f"({one_line(error)}): pip install 'leadline[local]'"
             ) from error
+
+    async def _find_prompt_form(self) -> str:
+        """Select token ids or text as the form of prompts, by a probe; returns it as a phrase.
+
+        Token ids are sent unless the server rejects them or counts another number of tokens (a
+        proxy may decode them with another tokenizer), and takes the same prompt as text. A server
+        that counts one token more in the text adds a BOS of its own, so the template's is left out.
+        """
+        assert self._template
+        request = Request((Message("user", "Say hello."),), None, Sampling(max_tokens=1))
+        rendered = self._template.render(request)
+        expected = len(rendered.ids)
+        way = "rendered with the chat template and sent to /v1/completions"
+
+        async def count(*, as_text: bool, without_bos: bool = False) -> int | None:
+            """The server's count of the prompt's tokens, 0 if it does not say, None if it fails."""
+            self._as_text, self._without_bos = as_text, without_bos
+            reply = await self.exchange.probe(self._completion_body(request, rendered))
+            return None if isinstance(reply, Fault) else reply.prompt_tokens
+
+        if await count(as_text=False) in (0, expected):
+            return f"{way} as token ids"
+        counted = await count(as_text=True)
+        if counted is None:  # the fault is not that of the form: the trials show its reason
+            self._as_text = False
+            return way
+        if counted == expected + 1 and await count(as_text=True, without_bos=True) == expected:
+            return f"{way} as text"
+        self._without_bos = False
+        differs = f", in which the server counts {counted} tokens instead of {expected}"
+        return f"{way} as text{differs if counted not in (0, expected) else ''}"
 
     async def _find_prefix_method(self) -> str:
         """Probe the prefix methods and select the best usable one; else return why there is none.
@@ -195,19 +229,7 @@ class Endpoint:
         except NotApplicable as error:
             return Response("", finish="not_applicable", error=str(error))
 
-        sent_text = self._as_text
-
-        def as_text(fault: Fault) -> bytes | None:
-            """The same prompt as text, if the server rejects token ids before its first success."""
-            nonlocal sent_text
-            if rendered is None or sent_text or fault.status not in (400, 422):
-                return None
-            if self.exchange.has_succeeded and not self._as_text:
-                return None
-            self._as_text = sent_text = True
-            return self._completion_body(request, rendered)
-
-        reply = await self.exchange.send(body, as_text)
+        reply = await self.exchange.send(body)
         seconds = time.monotonic() - started
         if isinstance(reply, Fault):
             finish = "blocked" if reply.code in BLOCKED else "error"
@@ -266,7 +288,11 @@ class Endpoint:
         return orjson.dumps(body)
 
     def _completion_body(self, request: Request, rendered: Rendered) -> bytes:
-        prompt: Any = rendered.text if self._as_text else rendered.ids
+        prompt: Any = rendered.ids
+        if self._as_text:
+            assert self._template
+            bos = self._template.tokenizer.bos_token if self._without_bos else None
+            prompt = rendered.text.removeprefix(bos or "")
         return orjson.dumps({**self._body(request), "prompt": prompt})
 
     def _body(self, request: Request) -> dict[str, Any]:
