@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..files import write_private
 from ..records import LeadlineError
-from ._app import Json, app, print_table, progress_bar, say, stoppable
+from ._app import Json, app, print_table, progress_bar, say, stoppable, warn
+
+if TYPE_CHECKING:
+    from ..study import JudgePick, Study
 
 judges_app = typer.Typer(
     no_args_is_help=True, help="Measure judges: against human labels, or against each other."
@@ -20,9 +23,25 @@ app.add_typer(judges_app, name="judges")
 JudgeOption = Annotated[
     str,
     typer.Option(
-        "--judge", help="The judge, as in a study file: NAME, or 'NAME: {option: value}'."
+        "--judge",
+        help="The judge, as in a study file: NAME, 'NAME: {option: value}', or auto (the best one "
+        "that you have).",
     ),
 ]
+
+
+def parse_judge(text: str, own: JudgePick | None = None, study: Study | None = None) -> JudgePick:
+    """The judge of a --judge option. For `auto`, says which judge was taken and why; `own` is the
+    dataset's own judge (default: the refusal patterns), `study` the one that was run."""
+    from ..judge_choice import AUTO, choose
+    from ..study import JudgePick
+
+    pick = JudgePick.parse(text)
+    if pick.name != AUTO:
+        return pick
+    choice = choose(own or JudgePick(name="refusal"), study.attacker if study else None)
+    warn(f"auto took the judge {choice}")
+    return choice.judge
 
 
 @judges_app.command()
@@ -49,9 +68,8 @@ def check(
     Example: leadline judges check labels.csv --judge refusal
     """
     from ..judging.check import check_judge
-    from ..study import JudgePick
 
-    pick = JudgePick.parse(judge)
+    pick = parse_judge(judge)
     if not out.parent.is_dir():  # before any request to a judge that costs money
         raise LeadlineError(f"cannot write {out} (no folder {out.parent}): give another --out")
     with stoppable(), progress_bar() as listener:
