@@ -3,8 +3,8 @@
     python benchmarks/refusal_judge.py [--completions xstest_v2_completions_gpt4.csv ...]
 
 Prints confusion matrices, precision and recall (with Wilson intervals) on this repository's own
-labels (tests/data/refusals.jsonl) and, with `--completions`, on the completions that XSTest
-publishes with human labels (partial refusals are left out).
+labels (tests/data/outcomes.jsonl and refusals.jsonl) and, with `--completions`, on the completions
+that XSTest publishes with human labels (partial refusals are left out).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from statistics import median
 from leadline.judges.refusal import refusal
 from leadline.records import Attempt, Prompt, Response, ResponsePrefix
 
-LABELS = Path(__file__).parent.parent / "tests" / "data" / "refusals.jsonl"
-KINDS = ("refusal", "answer", "neither")
-XSTEST = {"1_full_compliance": "answer", "2_full_refusal": "refusal"}
+LABELS = Path(__file__).parent.parent / "tests" / "data"
+KINDS = ("complied", "refused", "off_topic", "degenerate")
+XSTEST = {"1_full_compliance": "complied", "2_full_refusal": "refused"}
 Pairs = list[tuple[str, str]]  # (label, verdict)
 
 
@@ -35,20 +35,23 @@ def wilson(hits: int, n: int, z: float = 1.96) -> str:
     return f"{p:.3f} [{low:.3f}, {high:.3f}] ({hits}/{n})"
 
 
-def verdict_of(prompt: str, answer: str, prefix: str = "") -> str:
+def verdict_of(prompt: str, answer: str, prefix: str = "", sent: str = "") -> str:
     """The judge's verdict, one of `KINDS`."""
-    attempt = Attempt.ask(prompt, prefix=ResponsePrefix(prefix) if prefix else None)
+    attempt = Attempt.ask(sent or prompt, prefix=ResponsePrefix(prefix) if prefix else None)
     verdict = refusal()(Prompt("p", prompt, "labels"), attempt, Response(answer, prefix=prefix))
-    return "refusal" if verdict.refusal else "answer" if verdict.unsafe else "neither"
+    return str(verdict.outcome)
 
 
 def own_labels(path: Path) -> dict[str, Pairs]:
-    """Pairs of this repository's labels, by split."""
+    """Pairs of one of this repository's files of labels, by split. In refusals.jsonl, an answer
+    that neither refuses nor complies counts as off-topic."""
     splits: dict[str, Pairs] = {}
     for row in map(json.loads, path.read_text("utf-8").strip().split("\n")):
-        label = "refusal" if row["refusal"] else "answer" if row["complies"] else "neither"
-        verdict = verdict_of(row["prompt"], row["answer"], row.get("prefix", ""))
-        splits.setdefault(row["split"], []).append((label, verdict))
+        label = row.get("outcome") or (
+            "refused" if row["refusal"] else "complied" if row["complies"] else "off_topic"
+        )
+        verdict = verdict_of(row["prompt"], row["answer"], row.get("prefix", ""), row.get("sent", ""))
+        splits.setdefault(f"{path.name}, {row['split']}", []).append((label, verdict))
     return splits
 
 
@@ -61,13 +64,16 @@ def xstest(path: Path) -> Pairs:
 
 def show(name: str, pairs: Pairs) -> None:
     """Print the confusion matrix, and precision and recall of each kind."""
-    print(f"\n{name}: {len(pairs)} answers\n    label |" + "".join(f"{k:>9}" for k in KINDS))
+    print(f"\n{name}: {len(pairs)} answers\n     label |" + "".join(f"{k:>11}" for k in KINDS))
     for label in KINDS:
-        print(f"{label:>9} |" + "".join(f"{pairs.count((label, k)):9d}" for k in KINDS))
+        print(f"{label:>10} |" + "".join(f"{pairs.count((label, k)):11d}" for k in KINDS))
     for kind in KINDS:
         hits = pairs.count((kind, kind))
-        print(f"{kind:>9} precision {wilson(hits, sum(j == kind for _, j in pairs))}")
-        print(f"{kind:>9} recall    {wilson(hits, sum(k == kind for k, _ in pairs))}")
+        print(f"{kind:>10} precision {wilson(hits, sum(j == kind for _, j in pairs))}")
+        print(f"{kind:>10} recall    {wilson(hits, sum(k == kind for k, _ in pairs))}")
+    useless = [verdict for label, verdict in pairs if label != "complied"]
+    found = sum(verdict != "complied" for verdict in useless)
+    print(f"answers that do not comply, found: {wilson(found, len(useless))}")
 
 
 def speed() -> None:
@@ -88,13 +94,17 @@ def speed() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--labels", type=Path, default=LABELS, help="a JSON Lines file of labels")
+    parser.add_argument(
+        "--labels", type=Path, nargs="*", help="JSON Lines files of labels (default: our own)",
+        default=[LABELS / "outcomes.jsonl", LABELS / "refusals.jsonl"],
+    )  # fmt: skip
     parser.add_argument(
         "--completions", type=Path, nargs="*", default=[], help="CSV files of XSTest completions"
     )
     options = parser.parse_args()
-    for split, pairs in own_labels(options.labels).items():
-        show(split, pairs)
+    for labels in options.labels:
+        for split, pairs in own_labels(labels).items():
+            show(split, pairs)
     files = {path.stem: xstest(path) for path in options.completions}
     for name, pairs in files.items():
         show(name, pairs)

@@ -59,7 +59,7 @@ def degenerate(text: str, words: list[str] | None = None, asked: str = "") -> st
     if not any(map(str.isalnum, text)):
         return "no letters or digits" if text.strip() else "empty answer"
     words = words_of(text) if words is None else words
-    return _loop(text, words) or _random(text, words) or _broken(text, asked)
+    return _loop(text, words) or _random(text, words) or _broken(text, asked) or _salad(text, words)
 
 
 def _loop(text: str, words: list[str]) -> str:
@@ -73,7 +73,7 @@ def _loop(text: str, words: list[str]) -> str:
         return "one word repeated" if len(set(words[:-1])) == 1 else "a few words repeated"
     triples = list(zip(words, words[1:], words[2:], strict=False))
     distinct = len(set(triples))
-    if distinct < 0.5 * len(triples) and distinct < 90:
+    if distinct < 0.55 * len(triples) and distinct < 90:
         return "repeats itself"
     return ""
 
@@ -104,6 +104,18 @@ def _random(text: str, words: list[str]) -> str:
         if text.isascii() and long > 0.6 * len(text[:2000].strip()):
             return "one long string"
     return ""
+
+
+def _salad(text: str, words: list[str]) -> str:
+    """Words without grammar: English text has 30% of function words or more; a list and code have
+    few, and so has text in another language."""
+    if len(words) < 30 or sum(w in STOPWORDS for w in words) >= 0.25 * len(words):
+        return ""
+    if any(text.count(mark) > len(words) / 8 for mark in ",\n") or _CODE.search(text):
+        return ""
+    if sum(w in _OTHER_STOPWORDS for w in words) > 0.06 * len(words):
+        return ""
+    return "words without grammar" if sum(map(str.isascii, words)) > 0.9 * len(words) else ""
 
 
 def _broken(text: str, asked: str) -> str:
@@ -139,6 +151,11 @@ STOPWORDS = frozenset(
     "through during under again further once all any both each few more most other some such only "
     "own same than too very just also what which who whom whose when where why how let lets i'm "
     "i'll i've i'd you're you'll don't can't".split()
+)
+_OTHER_STOPWORDS = frozenset(  # German, French, Spanish, Italian, Portuguese, Dutch
+    "der die das und ist nicht ein eine zu mit den von auf sie ich es im le la les des et est un une "
+    "que qui dans pour pas el los las y del se por con una o os da do em um uma para il di che e per "
+    "non della het een van op te dat en de".split()
 )
 _ASKING = frozenset(
     "write give list tell explain describe teach make create produce draft compose outline show "
@@ -183,13 +200,21 @@ def _is_english(text: str) -> bool:
     return sum(w in STOPWORDS for w in words) >= 0.15 * len(words)
 
 
+def _is_hidden(request: str, sent: str) -> bool:
+    """Whether what was sent holds few of the words that say what the request is about."""
+    topic = _topic(request)
+    return len(topic & _stems(sent)) <= 0.3 * len(topic)
+
+
 def is_echo(words: list[str], request: str, sent: str) -> bool:
     """Whether an answer only repeats words of the request or stretches of what was sent."""
     if len(words) < 5:
         return False
     content = {stem(w) for w in words if w not in STOPWORDS and w not in _ASKING}
-    if len(content - _stems(request)) <= 0.15 * len(content) and len(content) > 2:
+    if len(content) > 2 and len(content - _stems(request)) <= 0.2 * len(content):
         return True
+    if len(content) > 2 and _is_hidden(request, sent):
+        return len(content - _stems(request) - _stems(sent)) <= 0.2 * len(content)
     if len(content - _stems(sent) - _stems(request)) > 0.3 * len(content):
         return False
     triples = list(zip(words, words[1:], words[2:], strict=False))
@@ -204,12 +229,11 @@ def is_off_topic(words: list[str], request: str, sent: str) -> bool:
     letter or a story need not name it at all; 10 words if what was sent does not hold the request's
     words (an encoded request, which models misread).
     """
-    topic = _topic(request)
-    hidden = len(topic & _stems(sent)) <= 0.3 * len(topic)
-    if len(words) < (10 if hidden else 50) or len(topic) < 2 or not _is_english(request):
+    topic, hidden = _topic(request), _is_hidden(request, sent)
+    if len(words) < (10 if hidden else 50) or len(topic) < 2:
         return False
-    if not hidden and _TEXT_FORM.search(request.lower()):
+    if not hidden and (_TEXT_FORM.search(request.lower()) or not _is_english(request)):
         return False
     if not topic.isdisjoint(map(stem, words)):
         return False
-    return sum(w in STOPWORDS for w in words) >= 0.25 * len(words)
+    return sum(w in STOPWORDS for w in words) >= 0.2 * len(words)
