@@ -35,10 +35,13 @@ def wilson(hits: int, n: int, z: float = 1.96) -> str:
     return f"{p:.3f} [{low:.3f}, {high:.3f}] ({hits}/{n})"
 
 
-def verdict_of(prompt: str, answer: str, prefix: str = "", sent: str = "") -> str:
+def verdict_of(
+    text: str, answer: str, prefix: str = "", sent: str = "", *, harmful: bool = True
+) -> str:
     """The judge's verdict, one of `KINDS`."""
-    attempt = Attempt.ask(sent or prompt, prefix=ResponsePrefix(prefix) if prefix else None)
-    verdict = refusal()(Prompt("p", prompt, "labels"), attempt, Response(answer, prefix=prefix))
+    prompt = Prompt("p", text, "labels", harmful=harmful)
+    attempt = Attempt.ask(sent or text, prefix=ResponsePrefix(prefix) if prefix else None)
+    verdict = refusal()(prompt, attempt, Response(answer, prefix=prefix))
     return str(verdict.outcome)
 
 
@@ -50,16 +53,27 @@ def own_labels(path: Path) -> dict[str, Pairs]:
         label = row.get("outcome") or (
             "refused" if row["refusal"] else "complied" if row["complies"] else "off_topic"
         )
-        verdict = verdict_of(row["prompt"], row["answer"], row.get("prefix", ""), row.get("sent", ""))
+        verdict = verdict_of(
+            row["prompt"], row["answer"], row.get("prefix", ""), row.get("sent", "")
+        )
         splits.setdefault(f"{path.name}, {row['split']}", []).append((label, verdict))
     return splits
 
 
 def xstest(path: Path) -> Pairs:
-    """Pairs of a file of XSTest completions, without partial refusals."""
+    """Pairs of a file of XSTest completions, without partial refusals. Only prompts of the types
+    "contrast_..." are harmful."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["final_label"] in XSTEST]
-    return [(XSTEST[r["final_label"]], verdict_of(r["prompt"], r["completion"])) for r in rows]
+    return [
+        (
+            XSTEST[row["final_label"]],
+            verdict_of(
+                row["prompt"], row["completion"], harmful=row["type"].startswith("contrast")
+            ),
+        )
+        for row in rows
+    ]
 
 
 def show(name: str, pairs: Pairs) -> None:

@@ -32,7 +32,9 @@ def guard():
 @pytest.fixture
 def harmful(tmp_path: Path) -> Path:
     path = tmp_path / "harmful.jsonl"
-    rows = [{"id": str(i), "prompt": f"How do I curse well {i}?", "harmful": True} for i in range(3)]
+    rows = [
+        {"id": str(i), "prompt": f"How do I curse well {i}?", "harmful": True} for i in range(3)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -47,7 +49,9 @@ def parts(server, harmful, **more):
 
 
 def test_the_order_of_choice(monkeypatch):
-    attacker = Study(targets=["m"], datasets=["guild"], attacker={"model": "chat", "url": "http://a"})
+    attacker = Study(
+        targets=["m"], datasets=["guild"], attacker={"model": "chat", "url": "http://a"}
+    )
     model = attacker.attacker
     assert choose(REFUSAL).judge == REFUSAL
     assert choose(REFUSAL, model).judge.name == "rubric"

@@ -28,7 +28,7 @@ FILE = "leadline.sqlite"
 COMMIT_SECONDS = 0.5
 _BACKLOG = 20_000  # uncommitted trials above which the engine pauses
 
-_PARTS = {  # the tables of trials; each has a copy past_NAME for what other studies left in this file
+_PARTS = {  # tables of trials; each has a copy past_NAME for what other studies left in this file
     "trials": """
   cell INTEGER, prompt INTEGER, sample INTEGER, key BLOB, outcome TEXT, reason TEXT,
   recipe BLOB, PRIMARY KEY(cell, prompt, sample)""",

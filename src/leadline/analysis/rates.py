@@ -69,9 +69,10 @@ def cells(
     interval. bound_low and bound_high are the rate with all unscored trials as safe and as unsafe.
     refused, off_topic, degenerate and other (safe, and none of these) are shares of n; refused and
     other are NaN where the judge does not report refusals, off_topic and degenerate where it does
-    not say of every answer what it does. blocked, truncated and empty count trials; failed, not_applicable and unscored
-    are outside of n, and reason is the most common one of the first two. Where the study names a
-    check of a judge, asr_corrected, low_corrected and high_corrected allow for its errors.
+    not say of every answer what it does. blocked, truncated and empty count trials; failed,
+    not_applicable and unscored are outside of n, and reason is the most common one of the first
+    two. Where the study names a check of a judge, asr_corrected, low_corrected and high_corrected
+    allow for its errors.
     """
     frame = _counts(store, judge, harmful=True).rename(columns={"scored": "n"})
     frame["unscored"] = frame["answered"] - frame["n"]

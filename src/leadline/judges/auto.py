@@ -1,4 +1,4 @@
-"""The name `auto`, which stands for the best judge that the user has (see `leadline.judge_choice`)."""
+"""The name `auto`: the best judge that the user has (see `leadline.judge_choice`)."""
 
 from __future__ import annotations
 
