@@ -104,8 +104,8 @@ def outcome_bars(measured: Measured) -> dict[str, Any] | None:
     known = known.assign(unsafe=known["unsafe"] / known["n"])
     shares = known.groupby(["model", "thinking", "attack"], sort=False)[[*OUTCOMES]].mean()
     bars = {
-        cell: [(name, share, f"{name.replace('_', '-')}: {percent(share)}")
-               for name, share in row.items() if share > 0]
+        cell: [(name, share, f"{name.replace('_', '-')}: {percent(row[name])}")
+               for name in OUTCOMES if (share := row[name]) > 0]
         for cell, row in shares.to_dict("index").items()
     }  # fmt: skip
     columns = _unique(_pairs(known))
