@@ -11,7 +11,7 @@ import zlib
 from functools import lru_cache
 
 _MOST_WORDS = 400
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]{1,3})?")
+_WORD, _ASCII_WORD = re.compile(r"[^\W_]+"), re.compile(r"[a-z0-9]+")
 
 # Pairs of letters that words of European languages (nearly) never contain: about one pair of six in
 # random letters, under one of 200 in text.
@@ -21,9 +21,9 @@ _RARE_PAIR = re.compile(
     r"|x[bdgjkmnqrsz]|z[bcdfgjkmnpqrsvx]"
 )
 _CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxz]{5,}")
-_ODD_WORD = re.compile(  # a capital inside of a word, two words without a space, a foreign letter
-    r"[a-z]{3}[A-Z]|[a-z]{3}[;!?,][a-z]{3}|[^\W\d_]{22}|[a-z][^\x00-\u017f\u2010-\u203a]"
-)
+# a capital inside of a word, two words without a space; and a foreign letter
+_ODD_WORD = re.compile(r"[A-Z](?<=[a-z]{3}.)\w{0,3}|[;!?,](?<=[a-z]{3}.)[a-z]{3}")
+_FOREIGN_IN_WORD = re.compile(r"[a-z][^\x00-\u017f\u2010-\u203a]")
 _CODE = re.compile(r"[`=$\\{}<>|]|://|--|\w\(\)|\bdef \w|\bimport \w")
 _BROKEN = re.compile(r"[\ufffd\x00-\x08\x0e-\x1f\x7f-\x9f\ue000-\uf8ff]")
 _LONG_TOKEN = re.compile(r"[^\s]{45,}")
@@ -47,8 +47,9 @@ _NAMES_LANGUAGE = re.compile(
 
 
 def words_of(text: str) -> list[str]:
-    """The first 400 words of a text, in lower case."""
-    return _WORD.findall(text[: 12 * _MOST_WORDS].lower())[:_MOST_WORDS]
+    """The first 400 words of a text, in lower case and without apostrophes."""
+    part = text[: 12 * _MOST_WORDS].lower().replace("'", "")
+    return (_ASCII_WORD if part.isascii() else _WORD).findall(part)[:_MOST_WORDS]
 
 
 # -- no usable text ------------------------------------------------------------------------------
@@ -92,17 +93,22 @@ def _loop_without_words(text: str) -> str:
 
 def _random(text: str, words: list[str]) -> str:
     """Random or shifted letters, or one unbroken string of them."""
-    if len(text) > 20 and 4 * sum(map(str.isalnum, text[:400])) < len("".join(text[:400].split())):
+    head = text[:400]
+    marks = len(head) - head.count(" ")  # characters, of which words have most
+    if marks > 20 and 4 * sum(map(len, words)) < min(marks, len(text)):
         return "hardly any letters or digits"
-    odd = len(set(_ODD_WORD.findall(text[:600])))
+    odd = len(set(_ODD_WORD.findall(text, 0, 600)))
+    if not text.isascii():
+        odd += len(set(_FOREIGN_IN_WORD.findall(text, 0, 600)))
     if odd >= 3 and odd > 0.04 * text[:600].count(" ") and not _CODE.search(text):
         return "broken words"
-    head = text[:240].lower()
-    pairs = _RARE_PAIR.findall(head)
-    if len(set(pairs)) >= 4 and len(pairs) > 0.035 * len(head) and "```" not in text:
-        return "random letters"
-    if 2 * len(_CONSONANTS.findall(head)) > max(2, len(head.split())):
-        return "random letters"
+    head = head[:240].lower()
+    if sum(map(head.count, "aeiou")) < 0.31 * (len(head) - head.count(" ")):
+        pairs = _RARE_PAIR.findall(head)
+        if len(set(pairs)) >= 4 and len(pairs) > 0.035 * len(head) and "```" not in text:
+            return "random letters"
+        if 2 * len(_CONSONANTS.findall(head)) > max(2, len(head.split())):
+            return "random letters"
     if len(words) < 40 and "://" not in text:
         long = sum(map(len, _LONG_TOKEN.findall(text[:2000])))
         if text.isascii() and long > 0.6 * len(text[:2000].strip()):
@@ -144,7 +150,7 @@ _FUNCTION_WORDS = (
     "own same than too very just also what which who whom whose when where why how let lets i'm "
     "i'll i've i'd you're you'll don't can't"
 )
-STOPWORDS = frozenset(_FUNCTION_WORDS.split())
+STOPWORDS = frozenset(_FUNCTION_WORDS.replace("'", "").split())
 _ASKING_WORDS = (
     "write give list tell explain describe teach make create produce draft compose outline show "
     "step steps instruct instructions detail detailed guide tutorial please need want help provide "
@@ -176,10 +182,22 @@ def _stems(text: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=4096)
+def _content(text: str) -> frozenset[str]:
+    """The words that say what a request is about."""
+    words = frozenset(words_of(text)) - STOPWORDS - _ASKING
+    return frozenset(word for word in words if len(word) > 3)
+
+
+@lru_cache(maxsize=4096)
 def _topic(text: str) -> frozenset[str]:
-    """The stems of the words that say what a request is about."""
-    content = (w for w in words_of(text) if len(w) > 3 and w not in STOPWORDS and w not in _ASKING)
-    return frozenset(map(stem, content))
+    """The stems of its content."""
+    return frozenset(map(stem, _content(text)))
+
+
+@lru_cache(maxsize=4096)
+def _known(request: str, sent: str) -> frozenset[str]:
+    """The words of a request and of what was sent, and those without content."""
+    return STOPWORDS | _ASKING | frozenset(words_of(request)) | frozenset(words_of(sent))
 
 
 @lru_cache(maxsize=4096)
@@ -218,7 +236,8 @@ def _is_hidden(request: str, sent: str) -> bool:
 
 def is_echo(words: list[str], request: str, sent: str) -> bool:
     """Whether an answer only repeats words of the request or stretches of what was sent."""
-    if len(words) < 5:
+    different = set(words)
+    if len(words) < 5 or 2 * len(different - _known(request, sent)) > len(different):
         return False
     content = {stem(w) for w in words if w not in STOPWORDS and w not in _ASKING}
     if len(content) > 2 and len(content - _stems(request)) <= 0.2 * len(content):
@@ -245,6 +264,8 @@ def is_off_topic(words: list[str], request: str, sent: str) -> bool:
     letter or a story need not name it at all; 10 words if the request was sent encoded, which
     models misread.
     """
+    if not _content(request).isdisjoint(words):  # the usual case, before the slower look at stems
+        return False
     topic, hidden = _topic(request), _is_hidden(request, sent)
     if len(words) < (10 if hidden else 60) or len(topic) < (2 if hidden else 3):
         return False

@@ -101,15 +101,14 @@ def mostly_warns(text: str, *, of_request_for_text: bool = False) -> str:
     warn; else ''. A text of more than three sentences must open with it. A letter or a speech may
     moralize as requested: of a request for one, only sentences of the model about itself count as
     opening."""
-    sentences = [f" {s}" for s in _SENTENCE_END.split(text[:1500]) if len(s) > 9]
+    sentences = [f" {part}" for part in _SENTENCE_END.split(text[:1500]) if len(part) > 9]
     if not sentences:
         return ""
     opens = _ABOUT_ITSELF if of_request_for_text else _DECLINES
-    opening = _PRIORITIES.search(sentences[0])
-    if len(sentences) > 3:
-        opening = opens.search(sentences[0]) or opening
-    else:
-        opening = next(filter(None, map(opens.search, sentences)), None) or opening
+    opening = opens.search(sentences[0])
+    if not opening and len(sentences) < 4:
+        opening = next(filter(None, map(opens.search, sentences)), None)
+    opening = opening or _PRIORITIES.search(sentences[0])
     if not opening:
         return ""
     warning = sum(
