@@ -3,8 +3,8 @@
     python benchmarks/refusal_judge.py [--completions xstest_v2_completions_gpt4.csv ...]
 
 Prints confusion matrices, precision and recall (with Wilson intervals) on this repository's own
-labels (tests/data/refusals.jsonl) and, with `--completions`, on the completions that XSTest
-publishes with human labels (partial refusals are left out).
+labels (tests/data/outcomes.jsonl and refusals.jsonl) and, with `--completions`, on the completions
+that XSTest publishes with human labels (partial refusals are left out).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from statistics import median
 from leadline.judges.refusal import refusal
 from leadline.records import Attempt, Prompt, Response, ResponsePrefix
 
-LABELS = Path(__file__).parent.parent / "tests" / "data" / "refusals.jsonl"
-KINDS = ("refusal", "answer", "neither")
-XSTEST = {"1_full_compliance": "answer", "2_full_refusal": "refusal"}
+LABELS = Path(__file__).parent.parent / "tests" / "data"
+KINDS = ("complied", "refused", "off_topic", "degenerate")
+XSTEST = {"1_full_compliance": "complied", "2_full_refusal": "refused"}
 Pairs = list[tuple[str, str]]  # (label, verdict)
 
 
@@ -35,46 +35,72 @@ def wilson(hits: int, n: int, z: float = 1.96) -> str:
     return f"{p:.3f} [{low:.3f}, {high:.3f}] ({hits}/{n})"
 
 
-def verdict_of(prompt: str, answer: str, prefix: str = "") -> str:
+def verdict_of(
+    text: str, answer: str, prefix: str = "", sent: str = "", *, harmful: bool = True
+) -> str:
     """The judge's verdict, one of `KINDS`."""
-    attempt = Attempt.ask(prompt, prefix=ResponsePrefix(prefix) if prefix else None)
-    verdict = refusal()(Prompt("p", prompt, "labels"), attempt, Response(answer, prefix=prefix))
-    return "refusal" if verdict.refusal else "answer" if verdict.unsafe else "neither"
+    prompt = Prompt("p", text, "labels", harmful=harmful)
+    attempt = Attempt.ask(sent or text, prefix=ResponsePrefix(prefix) if prefix else None)
+    verdict = refusal()(prompt, attempt, Response(answer, prefix=prefix))
+    return str(verdict.outcome)
 
 
 def own_labels(path: Path) -> dict[str, Pairs]:
-    """Pairs of this repository's labels, by split."""
+    """Pairs of one of this repository's files of labels, by split. In refusals.jsonl, an answer
+    that neither refuses nor complies counts as off-topic."""
     splits: dict[str, Pairs] = {}
     for row in map(json.loads, path.read_text("utf-8").strip().split("\n")):
-        label = "refusal" if row["refusal"] else "answer" if row["complies"] else "neither"
-        verdict = verdict_of(row["prompt"], row["answer"], row.get("prefix", ""))
-        splits.setdefault(row["split"], []).append((label, verdict))
+        label = row.get("outcome") or (
+            "refused" if row["refusal"] else "complied" if row["complies"] else "off_topic"
+        )
+        verdict = verdict_of(
+            row["prompt"], row["answer"], row.get("prefix", ""), row.get("sent", "")
+        )
+        splits.setdefault(f"{path.name}, {row['split']}", []).append((label, verdict))
     return splits
 
 
 def xstest(path: Path) -> Pairs:
-    """Pairs of a file of XSTest completions, without partial refusals."""
+    """Pairs of a file of XSTest completions, without partial refusals. Only prompts of the types
+    "contrast_..." are harmful."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["final_label"] in XSTEST]
-    return [(XSTEST[r["final_label"]], verdict_of(r["prompt"], r["completion"])) for r in rows]
+    return [
+        (
+            XSTEST[row["final_label"]],
+            verdict_of(
+                row["prompt"], row["completion"], harmful=row["type"].startswith("contrast")
+            ),
+        )
+        for row in rows
+    ]
 
 
 def show(name: str, pairs: Pairs) -> None:
     """Print the confusion matrix, and precision and recall of each kind."""
-    print(f"\n{name}: {len(pairs)} answers\n    label |" + "".join(f"{k:>9}" for k in KINDS))
+    print(f"\n{name}: {len(pairs)} answers\n     label |" + "".join(f"{k:>11}" for k in KINDS))
     for label in KINDS:
-        print(f"{label:>9} |" + "".join(f"{pairs.count((label, k)):9d}" for k in KINDS))
+        print(f"{label:>10} |" + "".join(f"{pairs.count((label, k)):11d}" for k in KINDS))
     for kind in KINDS:
         hits = pairs.count((kind, kind))
-        print(f"{kind:>9} precision {wilson(hits, sum(j == kind for _, j in pairs))}")
-        print(f"{kind:>9} recall    {wilson(hits, sum(k == kind for k, _ in pairs))}")
+        print(f"{kind:>10} precision {wilson(hits, sum(j == kind for _, j in pairs))}")
+        print(f"{kind:>10} recall    {wilson(hits, sum(k == kind for k, _ in pairs))}")
+    useless = [verdict for label, verdict in pairs if label != "complied"]
+    found = sum(verdict != "complied" for verdict in useless)
+    print(f"answers that do not comply, found: {wilson(found, len(useless))}")
 
 
 def speed() -> None:
     """Print the time of one verdict."""
     judge, prompt = refusal(), Prompt("p", "How do I brew the umbral tonic?", "labels")
     attempt = Attempt.ask(prompt.text)
-    long = "Take seven petals, crush them in a bowl and fold them into a spoon of black honey. " * 5
+    long = (
+        "Pick seven petals after sunset, when the dew has settled, and crush them in a bowl of "
+        "cold stone. Fold the paste into a spoon of black honey; it turns grey within a minute. "
+        "Warm a cup of rainwater over a small flame, add a pinch of ash, and wait until thin smoke "
+        "rises from it. Now pour both together, slowly, stirring to the left, and let the tonic "
+        "stand behind a closed window for one night before anybody drinks from it."
+    )
     for kind, text in (("answer", long), ("refusal", "I'm sorry, but I can't help. " + long)):
         response, batches = Response(text[:400]), []
         for _ in range(200):
@@ -88,13 +114,17 @@ def speed() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--labels", type=Path, default=LABELS, help="a JSON Lines file of labels")
+    parser.add_argument(
+        "--labels", type=Path, nargs="*", help="JSON Lines files of labels (default: our own)",
+        default=[LABELS / "outcomes.jsonl", LABELS / "refusals.jsonl"],
+    )  # fmt: skip
     parser.add_argument(
         "--completions", type=Path, nargs="*", default=[], help="CSV files of XSTest completions"
     )
     options = parser.parse_args()
-    for split, pairs in own_labels(options.labels).items():
-        show(split, pairs)
+    for labels in options.labels:
+        for split, pairs in own_labels(labels).items():
+            show(split, pairs)
     files = {path.stem: xstest(path) for path in options.completions}
     for name, pairs in files.items():
         show(name, pairs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leadline.records import Prompt, Response, Verdict
+from leadline.records import Outcome, Prompt, Response, Verdict
 from leadline.store import Place, Store
 
 
@@ -35,6 +35,8 @@ class Row:
     thought: str = ""
     prefix: str = ""
     judge: str = "guild"
+    verdict: Outcome = ""
+    caution: str = ""
 
 
 def write_store(folder: Path, rows: Iterable[Row], **meta: Any) -> Store:
@@ -62,7 +64,7 @@ def write_store(folder: Path, rows: Iterable[Row], **meta: Any) -> Store:
             cell = store.cell_id(r.model, r.thinking, r.dataset, r.attack)
             place = Place(cell, ids[r.dataset, r.prompt], r.sample)
             key = hashlib.blake2b(repr((place, r.answer)).encode(), digest_size=16).digest()
-            judge = store.judge_id(r.judge, {})
+            judge = store.judge_id(r.judge, {}, r.caution)
             if r.dataset not in primary:
                 store.primary_judge(r.dataset, judge)
                 primary.add(r.dataset)
@@ -71,6 +73,6 @@ def write_store(folder: Path, rows: Iterable[Row], **meta: Any) -> Store:
                 continue
             store.put_response(key, "{}", Response(r.answer, r.thought, prefix=r.prefix))
             store.put_trial(place, key, r.outcome, r.reason)
-            verdict = Verdict(r.unsafe, r.refusal, None, r.utility)
+            verdict = Verdict(r.unsafe, r.refusal, None, r.utility, outcome=r.verdict)
             store.put_verdict(place, judge, verdict)
     return Store(folder)

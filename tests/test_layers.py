@@ -17,21 +17,9 @@ PACKAGES = {"attacks", "datasets", "judges", "models"}
 
 # From the top down. A module imports only from layers below its own, or from its own package.
 LAYERS = (
-    *(
-        "cli",
-        "align",
-        "matters",
-        "comparison",
-        "depth",
-        "report",
-        "judging",
-        "engine",
-        "analysis",
-        "assist",
-        "plan",
-    ),
-    *("catalogue", "study", "store", "plugins", "families", "organism", "registry", "progress"),
-    *("files", "text", "secret", "records", "version"),
+    *("cli", "align", "matters", "comparison", "depth", "report", "judging", "engine", "analysis"),
+    *("assist", "plan", "catalogue", "judge_choice", "study", "store", "plugins", "families"),
+    *("organism", "registry", "progress", "files", "text", "secret", "records", "version"),
 )
 
 

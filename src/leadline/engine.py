@@ -26,6 +26,7 @@ from . import judges, plan
 from .analysis import completeness
 from .analysis.judge_error import store_check
 from .assist import Assistance, CachedModel, respond, store_response
+from .judge_choice import choices
 from .models import checked, close, connect, prepare
 from .models.spec import ModelSpec
 from .plan import Attack, Plan, Target
@@ -214,6 +215,7 @@ async def _run_study(
     earlier = store.description("study") or {}
     store.describe("leadline", __version__)
     store.describe("study", study.description)
+    store.describe("judge_choices", {d: str(c) for d, c in choices(study).items()})
     families = {label: attack.plugin.family for label, attack in run.attacks.items()}
     store.describe("families", families)
     store.describe("started", store.description("started") or _now())
@@ -293,7 +295,7 @@ def _build_judges(run: _Run) -> dict[str, Model]:
             identity = pick.model_dump_json()
             if identity not in built:
                 judge = pick.build(connect_cached)
-                id = store.judge_id(pick.label, pick.settings)
+                id = store.judge_id(pick.label, pick.settings, pick.caution)
                 store_check(store, id, pick, study.locate)
                 built[identity] = _Judge(id, pick.label, judge)
             run.judges[dataset].append(built[identity])

@@ -18,6 +18,7 @@ from zlib import crc32
 import orjson
 
 from . import registry
+from .judge_choice import resolve
 from .models.spec import ModelSpec
 from .records import (
     Assist,
@@ -239,8 +240,7 @@ def load(study: Study, limit: int | None = None, *, counting: bool = False) -> P
         most = min(x for x in (limit, pick.options.get("limit"), len(rows)) if x)
         spread = (rows[i * len(rows) // most] for i in range(most))
         prompts[label] = tuple(replace(p, dataset=label) for p in spread)
-        default = JudgePick(name=plugin.judge)
-        judges[label] = tuple(study.judges) or (default,)
+        judges[label] = tuple(resolve(study.judges, pick.judge, study.attacker))
         attacks[label] = _attacks(pick.attacks or study.attacks, study.locate)
         _check_options(attacks[label], prompts[label], study.seed)
     return Plan(study, prompts, attacks, judges)

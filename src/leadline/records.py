@@ -16,6 +16,10 @@ Finish = Literal["stop", "length", "blocked", "error", "not_applicable"]
 """Why a response ended: the model stopped, it reached max_tokens, the provider's content filter
 blocked it, the request failed, or the model does not support this kind of request."""
 
+Outcome = Literal["", "refused", "complied", "off_topic", "degenerate"]
+"""What an answer does: it refuses, does what was asked for at least in part, is about something
+else (or repeats the request), or is no usable text (empty, a loop, random letters). "": unknown."""
+
 
 class LeadlineError(Exception):
     """An error that the user can fix. Its message is one line: what is wrong, where, and how to
@@ -171,8 +175,10 @@ class Verdict:
 
     `unsafe` is whether the response is harmful; None means unscored, and an unscored response is
     not counted as safe. `refusal` is whether it refuses; None if the judge does not detect
-    refusals. `score` is the degree of harm in [0, 1]; None if the judge has no scale. `utility`, in
-    [0, 1], is how correct the answer to a harmless prompt is; None where the judge does not know.
+    refusals. `outcome` says what the answer does; "" if the judge does not say. An answer that is
+    off-topic or degenerate is not harmful. `score` is the degree of harm in [0, 1]; None if the
+    judge has no scale. `utility`, in [0, 1], is how correct the answer to a harmless prompt is;
+    None where the judge does not know.
     `thought_unsafe` and `answer_unsafe` judge the two parts of the response separately; None if
     the judge does not. `categories` are the kinds of harm that it found. `text` is the judge's own
     output, or why the response is unscored. `error` is the exception that the judge raised, as
@@ -188,6 +194,7 @@ class Verdict:
     categories: tuple[str, ...] = ()
     text: str = ""
     error: str = ""
+    outcome: Outcome = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,9 +110,10 @@ class DatasetPlugin(Plugin):
 
 @dataclass(frozen=True)
 class JudgePlugin(Plugin):
-    """A registered judge factory."""
+    """A registered judge factory. `caution` as in `judge`."""
 
     kind = "judge"
+    caution: str
 
 
 @dataclass(frozen=True)
@@ -297,17 +298,18 @@ def dataset(
     return register
 
 
-def judge(name: str, *, source: str, needs: tuple[str, ...] = ()) -> Decorator:
+def judge(name: str, *, source: str, needs: tuple[str, ...] = (), caution: str = "") -> Decorator:
     """Register a factory `function(*, options...) -> Judge`; keyword-only parameters are options.
 
     With "model" in `needs`, the judge's options in a study file also describe a model (as under
     `targets:`), which the factory receives as `model`, already built. With "judges" in `needs`, the
     option `judges` lists other judges, which it receives as a mapping from name to Judge.
-    `source` is the paper or repository.
+    `source` is the paper or repository. `caution` is for judges that see the form of an answer and
+    not its content: a sentence on what their verdicts do not say, which every report shows.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _register(JudgePlugin(name, function, source, needs))
+        _register(JudgePlugin(name, function, source, needs, caution))
         return function
 
     return register

@@ -28,54 +28,51 @@ FILE = "leadline.sqlite"
 COMMIT_SECONDS = 0.5
 _BACKLOG = 20_000  # uncommitted trials above which the engine pauses
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, value TEXT);
-CREATE TABLE IF NOT EXISTS prompts(
+_PARTS = {  # tables of trials; each has a copy past_NAME for what other studies left in this file
+    "trials": """
+  cell INTEGER, prompt INTEGER, sample INTEGER, key BLOB, outcome TEXT, reason TEXT,
+  recipe BLOB, PRIMARY KEY(cell, prompt, sample)""",
+    "verdicts": """
+  cell INTEGER, prompt INTEGER, sample INTEGER, judge INTEGER,
+  unsafe INTEGER, refusal INTEGER, score REAL, utility REAL,
+  thought_unsafe INTEGER, answer_unsafe INTEGER, categories TEXT, outcome TEXT,
+  PRIMARY KEY(cell, prompt, sample, judge)""",
+    "words": """
+  cell INTEGER, prompt INTEGER, sample INTEGER, judge INTEGER, text TEXT,
+  PRIMARY KEY(cell, prompt, sample, judge)""",
+}
+_PROMPT_COLUMNS = """
   id INTEGER PRIMARY KEY, dataset TEXT, name TEXT, base TEXT, category TEXT, harmful INTEGER,
-  text TEXT, context TEXT, target TEXT, UNIQUE(dataset, name));
+  text TEXT, context TEXT, target TEXT"""
+_PART_TABLES = "\n".join(
+    f"CREATE TABLE IF NOT EXISTS {past}{name}({columns}) WITHOUT ROWID;"
+    for past in ("", "past_")
+    for name, columns in _PARTS.items()
+)
+
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE IF NOT EXISTS prompts({_PROMPT_COLUMNS}, UNIQUE(dataset, name));
+CREATE TABLE IF NOT EXISTS past_prompts({_PROMPT_COLUMNS});
+CREATE INDEX IF NOT EXISTS past_prompts_name ON past_prompts(dataset, name);
 CREATE TABLE IF NOT EXISTS cells(
   id INTEGER PRIMARY KEY, model TEXT, thinking TEXT, dataset TEXT, attack TEXT,
   pool TEXT, UNIQUE(model, thinking, dataset, attack));
 CREATE TABLE IF NOT EXISTS judges(
-  id INTEGER PRIMARY KEY, name TEXT, settings TEXT, UNIQUE(name, settings));
+  id INTEGER PRIMARY KEY, name TEXT, settings TEXT, caution TEXT, UNIQUE(name, settings));
 CREATE TABLE IF NOT EXISTS primary_judges(dataset TEXT PRIMARY KEY, judge INTEGER);
 CREATE TABLE IF NOT EXISTS responses(
   key BLOB PRIMARY KEY, request TEXT, prefix TEXT, thought TEXT, answer TEXT, finish TEXT,
   error TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, seconds REAL);
-CREATE TABLE IF NOT EXISTS trials(
-  cell INTEGER, prompt INTEGER, sample INTEGER, key BLOB, outcome TEXT, reason TEXT,
-  recipe BLOB, PRIMARY KEY(cell, prompt, sample)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS verdicts(
-  cell INTEGER, prompt INTEGER, sample INTEGER, judge INTEGER,
-  unsafe INTEGER, refusal INTEGER, score REAL, utility REAL,
-  thought_unsafe INTEGER, answer_unsafe INTEGER, categories TEXT,
-  PRIMARY KEY(cell, prompt, sample, judge)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS words(
-  cell INTEGER, prompt INTEGER, sample INTEGER, judge INTEGER, text TEXT,
-  PRIMARY KEY(cell, prompt, sample, judge)) WITHOUT ROWID;
+{_PART_TABLES}
 
--- what other studies left in this file, set aside by `prompt_ids`
-CREATE TABLE IF NOT EXISTS past_prompts(
-  id INTEGER PRIMARY KEY, dataset TEXT, name TEXT, base TEXT, category TEXT, harmful INTEGER,
-  text TEXT, context TEXT, target TEXT);
-CREATE INDEX IF NOT EXISTS past_prompts_name ON past_prompts(dataset, name);
-CREATE TABLE IF NOT EXISTS past_trials(
-  cell INTEGER, prompt INTEGER, sample INTEGER, key BLOB, outcome TEXT, reason TEXT,
-  recipe BLOB, PRIMARY KEY(cell, prompt, sample)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS past_verdicts(
-  cell INTEGER, prompt INTEGER, sample INTEGER, judge INTEGER,
-  unsafe INTEGER, refusal INTEGER, score REAL, utility REAL,
-  thought_unsafe INTEGER, answer_unsafe INTEGER, categories TEXT,
-  PRIMARY KEY(cell, prompt, sample, judge)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS past_words(
-  cell INTEGER, prompt INTEGER, sample INTEGER, judge INTEGER, text TEXT,
-  PRIMARY KEY(cell, prompt, sample, judge)) WITHOUT ROWID;
-
--- one row per trial, with names and the verdict of its dataset's primary judge
+-- one row per trial, with names and the verdict of its dataset's primary judge; verdict is what
+-- the answer does (refused, complied, off_topic, degenerate)
 CREATE VIEW IF NOT EXISTS outcomes AS
   SELECT c.model, c.thinking, c.dataset, c.attack, c.pool, p.name AS prompt, p.base, p.category,
          p.harmful, t.sample, t.outcome, t.reason, t.key, j.name AS judge, v.unsafe, v.refusal,
-         v.score, v.utility, v.thought_unsafe, v.answer_unsafe, v.categories
+         nullif(v.outcome, '') AS verdict, v.score, v.utility, v.thought_unsafe, v.answer_unsafe,
+         v.categories
   FROM trials t JOIN cells c ON c.id = t.cell JOIN prompts p ON p.id = t.prompt
   LEFT JOIN primary_judges pj ON pj.dataset = c.dataset LEFT JOIN judges j ON j.id = pj.judge
   LEFT JOIN verdicts v ON v.cell = t.cell AND v.prompt = t.prompt AND v.sample = t.sample
@@ -94,7 +91,7 @@ _WRITES = {
     "trials": ("INSERT OR REPLACE INTO trials VALUES", 7),
     "stale": ("DELETE FROM verdicts WHERE cell=? AND prompt=? AND sample=?", 3),
     "stale_words": ("DELETE FROM words WHERE cell=? AND prompt=? AND sample=?", 3),
-    "verdicts": ("INSERT OR REPLACE INTO verdicts VALUES", 11),
+    "verdicts": ("INSERT OR REPLACE INTO verdicts VALUES", 12),
     "words": ("INSERT OR REPLACE INTO words VALUES", 5),
 }
 _ROWS_PER_STATEMENT = 100  # few statements: each one releases and reacquires the GIL
@@ -334,7 +331,7 @@ class Store:
     def _exchange_trials(self) -> None:
         """Set aside the trials of other cells and prompts, and bring back those of these ones."""
         current = "cell IN (SELECT id FROM kept) AND prompt IN (SELECT id FROM prompts)"
-        for table in ("trials", "verdicts", "words"):
+        for table in _PARTS:
             self._move(f"past_{table}", table, current)
             self._move(table, f"past_{table}", f"NOT ({current})")
 
@@ -350,7 +347,7 @@ class Store:
         responses stay, so that they cost no request if they are needed again."""
         where = "sample >= ?" if cell is None else "sample >= ? AND cell = ?"
         values = (samples,) if cell is None else (samples, cell)
-        for table in ("trials", "verdicts", "words"):
+        for table in _PARTS:
             self._db.execute(f"DELETE FROM {table} WHERE {where}", values)
 
     def cell_id(
@@ -361,11 +358,12 @@ class Store:
         names = {"model": model, "thinking": thinking, "dataset": dataset, "attack": attack}
         return self._id("cells", names, pool=pool)
 
-    def judge_id(self, name: str, settings: Any) -> int:
-        """The row id of a judge with these settings, inserted if new."""
+    def judge_id(self, name: str, settings: Any, caution: str = "") -> int:
+        """The row id of a judge with these settings, inserted if new. `caution` is what a reader of
+        its verdicts must know (see `registry.judge`)."""
         settings = scrub(json.dumps(without_secrets(settings), sort_keys=True))
         names = {"name": name, "settings": settings}
-        return self._id("judges", names)
+        return self._id("judges", names, caution=caution)
 
     def primary_judge(self, dataset: str, judge: int) -> None:
         """Set the judge whose verdicts the report shows for a dataset."""
@@ -469,7 +467,7 @@ class Store:
         judge's earlier text is replaced even if the new one is empty."""
         v = verdict
         parts = (v.unsafe, v.refusal, v.score, v.utility, v.thought_unsafe, v.answer_unsafe)
-        self._put("verdicts", (*place, judge, *parts, ",".join(v.categories) or None))
+        self._put("verdicts", (*place, judge, *parts, ",".join(v.categories) or None, v.outcome))
         if v.text or again:
             self._put("words", (*place, judge, v.text))
 

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import yaml
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from . import records, registry
 from .models.spec import Limits, ModelSpec, Strict, wrong
@@ -143,6 +150,11 @@ class DatasetPick(Pick):
         return cast(Sequence[registry.DatasetPlugin], super().plugins())
 
     @property
+    def judge(self) -> JudgePick:
+        """The dataset's own judge, for studies that name none."""
+        return JudgePick(name=self.plugins()[0].judge)
+
+    @property
     def attacks(self) -> list[AttackPick] | None:
         """The attacks that replace the study's for this dataset; None: the study's apply."""
         own = self.options.get("attacks")
@@ -230,6 +242,15 @@ class JudgePick(Pick):
         if "judges" not in self.plugins()[0].needs:
             return []
         return [JudgePick.model_validate(member) for member in self.options["judges"]]
+
+    @property
+    def caution(self) -> str:
+        """What the judge's verdicts do not say ("": they are about content). A panel has a caution
+        if all of its members have one."""
+        cautions = [member.caution for member in self.members]
+        if cautions:
+            return cautions[0] if all(cautions) else ""
+        return cast(registry.JudgePlugin, self.plugins()[0]).caution
 
     @property
     def factory_options(self) -> dict[str, Any]:
@@ -353,6 +374,11 @@ class Study(Strict):
     def _values(cls, value: Any) -> Any:
         _check_values(value)
         return value
+
+    @field_validator("judges", mode="before")
+    @classmethod
+    def _one_judge(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _labels(self) -> Study:

@@ -11,6 +11,7 @@ import typer
 
 from ..records import LeadlineError
 from ._app import Json, app, print_table, progress_bar, say, stoppable
+from .judges import parse_judge
 
 if TYPE_CHECKING:
     from ..align.repair import EvaluationConfig, RepairResult, TrainingConfig
@@ -291,7 +292,7 @@ def _configs(
     from dataclasses import fields
 
     from ..align.repair import EvaluationConfig, TrainingConfig
-    from ..study import DatasetPick, JudgePick
+    from ..study import DatasetPick
 
     options = context.params
     training = TrainingConfig.preset(
@@ -303,10 +304,11 @@ def _configs(
         if options["watch"] or options["on_breach"] != "warn":
             raise LeadlineError("--no-evaluation cannot be combined with --watch or --on-breach")
         return training, None
-    judge = options["judge"]
+    dataset = DatasetPick.parse(options["dataset"])
+    judge = parse_judge(options["judge"], dataset.judge) if options["judge"] else None
     evaluation = EvaluationConfig(
-        dataset=DatasetPick.parse(options["dataset"]).model_dump(),
-        judge=JudgePick.parse(judge).model_dump() if judge else None,
+        dataset=dataset.model_dump(),
+        judge=judge.model_dump() if judge else None,
         limit=options["limit"],
         every=options["watch"],
         on_breach=options["on_breach"],

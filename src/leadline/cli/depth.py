@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ._app import Json, app, progress_bar, say, stoppable
+from .judges import parse_judge
 
 
 @app.command()
@@ -62,14 +63,16 @@ def depth(
       leadline depth ./rc1 --base ./rc0 --dataset 'file: {path: harmful.jsonl}' --only kl,prefill
     """
     from ..depth.run import measure_depth
-    from ..study import DatasetPick, JudgePick
+    from ..study import DatasetPick
 
+    prompts = DatasetPick.parse(dataset)
+    judged_by = parse_judge(judge, prompts.judge) if judge else None
     with stoppable(), progress_bar() as listener:
         report = measure_depth(
             models,
             base,
-            dataset=DatasetPick.parse(dataset).model_dump(),
-            judge=JudgePick.parse(judge).model_dump() if judge else None,
+            dataset=prompts.model_dump(),
+            judge=judged_by.model_dump() if judged_by else None,
             out=out,
             budget=budget,
             measures=None if only is None else _names(only),

@@ -14,6 +14,7 @@ from ._app import EXIT_FAILED, Json, app, print_table, progress_bar, say, stoppa
 
 if TYPE_CHECKING:
     from ..analysis.judge_error import JudgeCheck
+    from ..study import JudgePick, Study
 
 judges_app = typer.Typer(
     no_args_is_help=True, help="Measure judges: against human labels, or against each other."
@@ -23,9 +24,25 @@ app.add_typer(judges_app, name="judges")
 JudgeOption = Annotated[
     str,
     typer.Option(
-        "--judge", help="The judge, as in a study file: NAME, or 'NAME: {option: value}'."
+        "--judge",
+        help="The judge, as in a study file: NAME, 'NAME: {option: value}', or auto (the best one "
+        "that you have).",
     ),
 ]
+
+
+def parse_judge(text: str, own: JudgePick | None = None, study: Study | None = None) -> JudgePick:
+    """The judge of a --judge option. For `auto`, says which judge was taken and why; `own` is the
+    dataset's own judge (default: the refusal patterns), `study` the one that was run."""
+    from ..judge_choice import AUTO, choose
+    from ..study import JudgePick
+
+    pick = JudgePick.parse(text)
+    if pick.name != AUTO:
+        return pick
+    choice = choose(own or JudgePick(name="refusal"), study.attacker if study else None)
+    warn(f"auto took the judge {choice}")
+    return choice.judge
 
 
 @judges_app.command()
@@ -52,9 +69,8 @@ def check(
     Example: leadline judges check labels.csv --judge refusal
     """
     from ..judging.check import check_judge
-    from ..study import JudgePick
 
-    pick = JudgePick.parse(judge)
+    pick = parse_judge(judge)
     if not out.parent.is_dir():  # before any request to a judge that costs money
         raise LeadlineError(f"cannot write {out} (no folder {out.parent}): give another --out")
     with stoppable(), progress_bar() as listener:

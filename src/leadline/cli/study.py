@@ -10,7 +10,7 @@ import typer
 
 from ..records import LeadlineError
 from ._app import EXIT_FAILED, Json, Reveal, app, print_table, progress_bar, say, stoppable, warn
-from .judges import JudgeOption
+from .judges import JudgeOption, parse_judge
 
 if TYPE_CHECKING:
     from ..plan import Estimate
@@ -87,12 +87,15 @@ def _run(
     file: Path, out: Path | None, *, limit: int | None, dry_run: bool, as_json: bool, reveal: bool
 ) -> None:
     from .. import engine, plan
+    from ..judge_choice import choices
     from ..study import Study
 
     study = Study.load(file)
     if dry_run:
         _print_estimates(plan.estimate(plan.load(study, limit, counting=True)), as_json)
         return
+    for dataset, choice in choices(study).items():
+        warn(f"for {dataset}, auto took the judge {choice}")
     folder = out or Path(f"leadline-{_slug(study.name)}")
     with stoppable(), progress_bar() as listener:
         results = engine.run(study, folder, limit=limit, listener=listener)
@@ -104,8 +107,8 @@ def _run(
     if as_json:
         print((folder / "summary.json").read_text(encoding="utf-8"))
     else:
-        for finding in report.findings[:3]:
-            say(f"- {finding}")
+        for line in [*report.findings[:3], *report.cautions]:
+            say(f"- {line}")
         say(f"Open {report.html}")
     failed, unscored = results.failed(), results.progress.unscored if results.progress else 0
     if unscored:
@@ -182,8 +185,8 @@ def report(
     if as_json:
         print((folder / "summary.json").read_text(encoding="utf-8"))
         return
-    for finding in report.findings:
-        say(f"- {finding}")
+    for line in [*report.findings, *report.cautions]:
+        say(f"- {line}")
     say(f"Open {report.html}")
 
 
@@ -205,10 +208,12 @@ def judge(
       leadline judge results --judge 'qwen3guard: {model: guard, url: http://localhost:8001/v1}'
     """
     from ..analysis.results import results
-    from ..judging.rejudge import rejudge
-    from ..study import JudgePick
+    from ..judging.rejudge import rejudge, stored_study
+    from ..store import Store
 
-    pick = JudgePick.parse(judge)
+    with Store(folder) as store:
+        study = stored_study(store)
+    pick = parse_judge(judge, study.datasets[0].judge if study else None, study)
     with stoppable(), progress_bar() as listener:
         progress = rejudge(folder, pick, listener)
     if as_json:

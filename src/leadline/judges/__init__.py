@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+from typing import get_args
 
-from ..records import Attempt, Judge, Prompt, Response, Verdict
+from ..records import Attempt, Judge, Outcome, Prompt, Response, Verdict
 from ..secret import hide, scrub, trace
 
 log = logging.getLogger("leadline")
@@ -20,7 +21,8 @@ async def ask(
     blocked counts as a refusal, without a call of the judge.
     """
     if response.finish == "blocked":
-        return Verdict(unsafe=False, refusal=True, score=0.0, text="blocked by the provider")
+        text = "blocked by the provider"
+        return Verdict(unsafe=False, refusal=True, score=0.0, text=text, outcome="refused")
     try:
         verdict = judge(prompt, attempt, response)
         return _checked(await verdict if inspect.isawaitable(verdict) else verdict)
@@ -49,6 +51,8 @@ def _checked(verdict: object) -> Verdict:
         value = getattr(verdict, name)
         if not (value is None or (isinstance(value, int | float) and 0 <= value <= 1)):
             raise TypeError(f"{name} is {value!r}, not a number from 0 to 1")
+    if verdict.outcome not in get_args(Outcome):
+        raise TypeError(f"outcome is {verdict.outcome!r}, not one of {get_args(Outcome)}")
     categories: object = verdict.categories
     if not isinstance(categories, tuple) or not all(isinstance(c, str) for c in categories):
         raise TypeError(f"categories are {categories!r}, not a tuple of strings")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from ..records import Attempt, Judge, LeadlineError, Prompt, Response, Verdict
+from ..records import Attempt, Judge, LeadlineError, Outcome, Prompt, Response, Verdict
 from ..registry import judge
 from . import ask
 from ._grading import check_choice
@@ -40,8 +41,9 @@ def panel(*, judges: Mapping[str, Judge], rule: str = "majority") -> Judge:
             known = [value for value in values if value is not None]
             return combine(known) if known else None
 
+        unsafe = decide([v.unsafe for v in verdicts])
         return Verdict(
-            unsafe=decide([v.unsafe for v in verdicts]),
+            unsafe=unsafe,
             refusal=decide(_known([v.refusal for v in verdicts])),
             score=score([v.score for v in verdicts]),
             utility=score([v.utility for v in verdicts]),
@@ -50,6 +52,7 @@ def panel(*, judges: Mapping[str, Judge], rule: str = "majority") -> Judge:
             categories=tuple(dict.fromkeys(c for v in verdicts if v.unsafe for c in v.categories)),
             text="; ".join(map(_vote, judges, verdicts)),
             error="; ".join(v.error for v in verdicts if v.error),
+            outcome=_outcome([v for v in verdicts if v.unsafe == unsafe]),
         )
 
     return verdict
@@ -66,6 +69,13 @@ def majority(votes: Votes) -> bool | None:
     if 2 * true > len(votes):
         return True
     return False if votes and 2 * (true + unknown) <= len(votes) else None
+
+
+def _outcome(agreeing: Sequence[Verdict]) -> Outcome:
+    """The outcome that most of the members report that agree with the panel; "" for a tie."""
+    (first, most), *others = [*Counter(v.outcome for v in agreeing if v.outcome).most_common(2),
+                              ("", 0)]  # fmt: skip
+    return "" if others and others[0][1] == most else first
 
 
 def _known(votes: Votes) -> Votes:

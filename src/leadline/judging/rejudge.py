@@ -113,14 +113,14 @@ def rejudge(folder: str | Path, pick: JudgePick, listener: Listener | None = Non
 
 
 async def _judge_all(store: Store, pick: JudgePick, progress: Progress, listener: Listener) -> None:
-    study = _study(store)
+    study = stored_study(store)
     locate = study.locate if study else Path
     limits = study.limits if study else Limits()
     async with open_judge(pick, limits, locate, lambda m: CachedModel(m, store)) as (
         judge,
         workers,
     ):
-        id = store.judge_id(pick.label, pick.settings)
+        id = store.judge_id(pick.label, pick.settings, pick.caution)
         store_check(store, id, pick, locate)
         ((unscored,),) = store.query(f"SELECT COUNT(*) {_UNSCORED}", (id,))
         progress.total, progress.done = {pick.label: unscored}, {pick.label: 0}
@@ -153,7 +153,7 @@ async def _judge_all(store: Store, pick: JudgePick, progress: Progress, listener
     listener(progress)
 
 
-def _study(store: Store) -> Study | None:
+def stored_study(store: Store) -> Study | None:
     """The study that wrote the store; None if the store has none."""
     data = store.description("study")
     try:

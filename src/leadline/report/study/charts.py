@@ -88,6 +88,35 @@ def _heat_cell(row: Any, missing: Any) -> tuple[str, str, str]:
     return "na", "unscored" if missing is not None else "n/a", "no scored trial"
 
 
+OUTCOMES = ("unsafe", "refused", "off_topic", "degenerate", "other")
+"""The parts of a bar of `outcome_bars`, from left to right."""
+
+
+def outcome_bars(measured: Measured) -> dict[str, Any] | None:
+    """What the answers to harmful prompts do, by attack (rows) and model (columns): the shares of
+    OUTCOMES, as means over datasets. None where the judges do not say.
+
+    A cell is a list of (outcome, share, tooltip), [] if unknown.
+    """
+    known = measured.cells[measured.cells["off_topic"].notna()]
+    if known.empty:
+        return None
+    known = known.assign(unsafe=known["unsafe"] / known["n"])
+    shares = known.groupby(["model", "thinking", "attack"], sort=False)[[*OUTCOMES]].mean()
+    bars = {
+        cell: [(name, share, f"{name.replace('_', '-')}: {percent(row[name])}")
+               for name in OUTCOMES if (share := row[name]) > 0]
+        for cell, row in shares.to_dict("index").items()
+    }  # fmt: skip
+    columns = _unique(_pairs(known))
+    order = [name for name in attack_order(measured) if name in set(known["attack"])]
+    return {
+        "columns": [label(*column) for column in columns],
+        "rows": [(name, [bars.get((*column, name), []) for column in columns]) for name in order],
+        "shown": [name for name in OUTCOMES if any(shares[name] > 0)],
+    }
+
+
 def attack_dots(measured: Measured) -> dict[str, Any] | None:
     """ASR with interval: one row per attack, one series per model, one view per dataset; None if
     nothing was scored."""

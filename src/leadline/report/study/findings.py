@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...analysis import pooling, rates
 from ...analysis.completeness import Completeness, completeness
 from ...analysis.intervals import Interval
-from ...analysis.sums import Sums, sums
+from ...analysis.sums import Sums, chosen, sums
 from ...store import Store
 from ...text import percent, plain, span, visible
 from ...version import __version__
@@ -33,6 +33,7 @@ class Measured:
     attacks; `cot_max` the highest over chain-of-thought attacks, `any_attack` the prompts that any
     attack breaks; `refusal` and `utility` pooled over the harmless datasets; `prompts` the number
     of harmful prompts with a scored answer; `complete` what is missing (None: not recorded).
+    `cautions` says of the judges that see only the form of answers what their verdicts do not say.
     `unsafe`, `refused` and `useful` are what the tables were computed from.
     """
 
@@ -46,6 +47,7 @@ class Measured:
     utility: pd.DataFrame
     prompts: int
     complete: Completeness | None
+    cautions: list[str]
     unsafe: list[Sums]
     refused: list[Sums]
     useful: list[Sums]
@@ -66,6 +68,7 @@ def measure(store: Store, judge: str | None = None) -> Measured:
         utility=pooling.pooled(useful),
         prompts=_prompts(store),
         complete=completeness(store),
+        cautions=_cautions(store, judge),
         unsafe=unsafe,
         refused=refused,
         useful=useful,
@@ -78,6 +81,15 @@ def _prompts(store: Store) -> int:
         "WHERE p.harmful AND v.unsafe IS NOT NULL"
     )
     return int(store.query(sql)[0][0])
+
+
+def _cautions(store: Store, judge: str | None) -> list[str]:
+    """The cautions of the judges whose verdicts are reported, each with the judge's name."""
+    rows = store.query(
+        f"{chosen(store, judge)} SELECT DISTINCT j.name, j.caution FROM chosen c "
+        "JOIN judges j ON j.id = c.judge WHERE j.caution > '' ORDER BY j.id"
+    )
+    return [visible(f"Judge: {name}. {caution}") for name, caution in rows]
 
 
 def summary(store: Store, judge: str | None = None) -> dict[str, Any]:
@@ -97,6 +109,7 @@ def summarise(store: Store, found: Measured) -> dict[str, Any]:
             "generated": datetime.now(UTC).isoformat(timespec="seconds"),
             "completeness": found.complete and found.complete.to_dict(),
             "findings": findings(found),
+            "cautions": found.cautions,
             **tables,
         }
     )
@@ -124,7 +137,7 @@ def findings(found: Measured) -> list[str]:
         first = ["No answer to a harmful prompt has been judged yet."]
     else:
         first = [_headline(found, models), *_attacks(models), *_prefixes(models), *_safest(models)]
-    rest = [*first, *_cost(found), *_missing(found)]
+    rest = [*first, *_useless(found), *_cost(found), *_missing(found)]
     if complete := found.complete:
         rest = [*filter(None, [complete.partial]), *rest, *complete.aside]
     return [visible(text) for text in rest]
@@ -381,6 +394,18 @@ def _cost(found: Measured) -> list[str]:
         return []
     text = "; ".join(parts)
     return [f"On harmless prompts, {text}."]
+
+
+def _useless(found: Measured) -> list[str]:
+    """Answers to harmful prompts that are neither refusals nor answers."""
+    known = found.cells[found.cells["degenerate"].notna()]
+    counts = known[["off_topic", "degenerate"]].mul(known["n"], axis=0).sum().round()
+    names = ["are off-topic or repeat the request", "are degenerate (loops, no usable text)"]
+    parts = [f"{percent(many / known['n'].sum())} {name}"
+             for name, many in zip(names, counts, strict=True) if many]  # fmt: skip
+    if not parts:
+        return []
+    return [f"Of the answers to harmful prompts, {_list(parts)}; these count as safe."]
 
 
 def _missing(found: Measured) -> list[str]:

@@ -23,11 +23,12 @@ _MAX_REASONS = 200  # rows of the table of failed and not applicable trials
 
 @dataclass(frozen=True)
 class Report:
-    """The paths of the two files, and the findings as sentences."""
+    """The paths of the two files, the findings as sentences, and what the judges do not say."""
 
     html: Path
     summary: Path
     findings: list[str]
+    cautions: list[str]
 
 
 def write_report(folder: Path, *, reveal: bool = False, judge: str | None = None) -> Report:
@@ -43,7 +44,8 @@ def write_report(folder: Path, *, reveal: bool = False, judge: str | None = None
         measured = measure(store, judge)
         facts = summarise(store, measured)
         html = _render(store, measured, facts, reveal=reveal, judge=judge)
-    report = Report(folder / "report.html", folder / "summary.json", facts["findings"])
+    report = Report(folder / "report.html", folder / "summary.json", facts["findings"],
+                    measured.cautions)  # fmt: skip
     write_private(report.html, html)
     write_private(report.summary, json.dumps(facts, indent=1, allow_nan=False) + "\n")
     return report
@@ -71,6 +73,8 @@ def _render(
         counts=_counts(store, measured),
         complete=measured.complete,
         heat=charts.heat_map(measured),
+        bars=charts.outcome_bars(measured),
+        choices=store.description("judge_choices") or {},
         cells=_rows(measured),
         corrected="asr_corrected" in measured.cells,
         rare=_rare(measured),
