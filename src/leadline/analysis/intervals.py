@@ -155,6 +155,29 @@ def _effective(
     return value, effective * shrink, equal * shrink
 
 
+def ratio_of_sums(total: Floats, n: Floats, level: float = LEVEL) -> Interval:
+    """The ratio of two sums over clusters, such as nats per token: `total` and `n` are [clusters],
+    with `n` at least 0 and not all 0.
+
+    The interval is Student's, with the jackknife variance of the ratio over clusters (CR3) and
+    clusters - 1 degrees of freedom; it has infinite limits for one cluster.
+    """
+    import numpy as np
+
+    seen = n > 0
+    total, n = total[seen].astype(float), n[seen].astype(float)
+    clusters, size = len(n), float(n.sum())
+    if not clusters:
+        return UNKNOWN
+    value = float(total.sum()) / size
+    if clusters == 1:
+        return Interval(value, -math.inf, math.inf)
+    influence = (total - value * n) / np.maximum(size - n, 1e-12)
+    variance = (clusters - 1) / clusters * float(np.sum(influence**2))
+    half = _t(level, clusters - 1) * math.sqrt(variance)
+    return Interval(value, value - half, value + half)
+
+
 def mean_interval(parts: Sequence[Interval], weights: Sequence[float] | None = None) -> Interval:
     """The (weighted) mean of independent estimates, such as the rates of one attack on several
     datasets; unknown ones are left out (MOVER: Zou and Donner 2008, Statist. Med. 27:1693)."""
