@@ -64,8 +64,8 @@ def preservation(
     """
     import numpy as np
 
-    spread = [rows[i * len(rows) // _MOST_ROWS] for i in range(_MOST_ROWS)]
-    chosen = spread if len(rows) > _MOST_ROWS else list(rows)
+    most = min(len(rows), _MOST_ROWS)
+    chosen = [rows[i * len(rows) // most] for i in range(most)]
     pairs, shared = tokenize_pairs(before, after, replies, None) if replies else ([], None)
     row_pairs = list(_row_pairs(before, chosen, max_length))
     if not (pairs or row_pairs):

@@ -30,6 +30,7 @@ __all__ = ["EvaluationConfig", "RepairResult", "TrainingConfig", "deepen", "fine
 
 log = logging.getLogger("leadline")
 _EVALUATION = EvaluationConfig()
+_OWN_TOKENS = 96  # of the model's own answers to harmless requests
 
 
 def deepen(
@@ -82,6 +83,7 @@ def deepen(
         dialogues,
         run.folder / "data",
         progress.study(lambda target: f"data: {Path(target).name}"),
+        utility_tokens=_OWN_TOKENS if own else None,
     )
     notes = (*counts.sentences, *([narrow] if narrow else []))
     data.check_lengths([*triplets, *dialogues], run.template, training.max_length)
