@@ -1,4 +1,4 @@
-"""A model that refuses everything does not pass unnoticed: bounds, rollback, warnings, exit code."""
+"""A model that refuses everything is noticed: bounds, rollback, warnings, exit code."""
 
 from __future__ import annotations
 
