@@ -120,7 +120,7 @@ def test_the_interval_of_a_ratio_covers_the_truth():
         hits += found.low <= truth <= found.high
     assert 0.88 <= hits / many <= 0.99
     one = ratio_of_sums(np.array([3.0]), np.array([2.0]))
-    assert (one.value, one.low, one.high) == (1.5, -math.inf, math.inf)
+    assert (one.value, one.low, one.high) == (1.5, 0, math.inf)
     assert math.isnan(ratio_of_sums(np.zeros(0), np.zeros(0)).value)
 
 

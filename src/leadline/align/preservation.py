@@ -80,7 +80,6 @@ def preservation(
     if pairs:
         found = compare(pairs, initial, trained, progress=lambda done, _: report(done, total))
         kl = _clustered((pair.base, values) for pair, values in found)
-        kl = Interval(kl.value, max(0.0, kl.low), kl.high)
     perplexities = []
     for number, model in enumerate((initial, trained) if row_pairs else ()):
         losses = _losses(model, row_pairs)

@@ -157,10 +157,10 @@ def _effective(
 
 def ratio_of_sums(total: Floats, n: Floats, level: float = LEVEL) -> Interval:
     """The ratio of two sums over clusters, such as nats per token: `total` and `n` are [clusters],
-    with `n` at least 0 and not all 0.
+    both at least 0, and `n` not all 0.
 
-    The interval is Student's, with the jackknife variance of the ratio over clusters (CR3) and
-    clusters - 1 degrees of freedom; it has infinite limits for one cluster.
+    The interval is Student's on the logarithm of the ratio, with the jackknife variance over
+    clusters (CR3) and clusters - 1 degrees of freedom. One cluster says nothing: [0, infinity].
     """
     import numpy as np
 
@@ -171,11 +171,13 @@ def ratio_of_sums(total: Floats, n: Floats, level: float = LEVEL) -> Interval:
         return UNKNOWN
     value = float(total.sum()) / size
     if clusters == 1:
-        return Interval(value, -math.inf, math.inf)
+        return Interval(value, 0.0, math.inf)
+    if not value:
+        return Interval(0.0, 0.0, 0.0)
     influence = (total - value * n) / np.maximum(size - n, 1e-12)
     variance = (clusters - 1) / clusters * float(np.sum(influence**2))
-    half = _t(level, clusters - 1) * math.sqrt(variance)
-    return Interval(value, value - half, value + half)
+    factor = math.exp(min(700.0, _t(level, clusters - 1) * math.sqrt(variance) / value))
+    return Interval(value, value / factor, value * factor)
 
 
 def mean_interval(parts: Sequence[Interval], weights: Sequence[float] | None = None) -> Interval:
