@@ -99,6 +99,7 @@ def test_deepen_restores_the_last_weights_that_hold(files, tmp_path: Path, caplo
 
 
 def test_answers_before_training_are_used_again(tmp_path: Path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
     asked: list[int] = []
     answer = Weights.answer
 
@@ -124,6 +125,11 @@ def test_answers_before_training_are_used_again(tmp_path: Path, monkeypatch):
         before_after(
             "organism:base", ALIGNED, tmp_path / "c", before_from=tmp_path / "a", **options
         )
+    with pytest.raises(LeadlineError, match="was not of the model"):  # before training
+        repair.finetune(
+            "organism:base", tmp_path / "rows.jsonl", tmp_path / "e",
+            evaluation=EvaluationConfig(before_from=str(tmp_path / "a")),
+        )  # fmt: skip
     with pytest.raises(LeadlineError, match="no study at"):
         before_after(ALIGNED, ALIGNED, tmp_path / "d", before_from=tmp_path / "none", **options)
 

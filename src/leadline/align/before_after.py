@@ -106,7 +106,7 @@ def before_after(
     replies: list[Prompt] = []
     if study:
         if before_from:
-            reuse_answers(before_from, out, study.targets[0])
+            reuse_answers(before_from, out, checkpoints[0].path)
         listener = progress.study(lambda target: f"evaluation: {target}")
         results = engine.run(study, out, limit=limit, listener=listener, keep=True)
         table += [*tables.safety(results, KS), *tables.usefulness(results, HARMLESS)]
@@ -225,22 +225,27 @@ def named_harmless(harmless: Any, **options: Any) -> DatasetPick:
     return DatasetPick(name=pick.name, options={**pick.options, **own, **options})
 
 
-def reuse_answers(source: Path, out: Path, before: ModelSpec) -> int:
-    """Copy the answers of the model `before` from the store of another evaluation, which is in
-    `source` or, for an output folder of `leadline deepen` or `leadline finetune`, below it.
-
-    Returns how many there are. Raises LeadlineError where there is no store, or the other
-    evaluation was of another model.
-    """
+def check_reuse(source: Path, before: str) -> Path:
+    """The folder of the store of another evaluation, which is `source` or, for an output folder of
+    `leadline deepen` or `leadline finetune`, below it. Raises LeadlineError where there is no
+    store, or the other evaluation was not of the model `before`."""
     below = source / "leadline" / "before_after"
     folder = below if below.is_dir() else source
-    with Store(folder) as other:
-        stored = (other.description("model:before") or {}).get("identity")
-        if stored != dict(connect(before, Limits()).identity):
-            raise LeadlineError(
-                f"the evaluation in {source} was not of the model {before.model}: give the folder "
-                "of a run that began with this model"
-            )
+    with Store(folder) as store:
+        stored = (store.description("model:before") or {}).get("identity")
+    spec = ModelSpec(model=before, name="before")
+    if stored != dict(connect(spec, Limits()).identity):
+        raise LeadlineError(
+            f"the evaluation in {source} was not of the model {before}: give the folder of a run "
+            "that began with this model"
+        )
+    return folder
+
+
+def reuse_answers(source: Path, out: Path, before: str) -> int:
+    """Copy the answers of the model `before` from another evaluation, and return their number.
+    Raises LeadlineError as `check_reuse` does."""
+    with Store(check_reuse(source, before)) as other:
         answers = other.query(
             "SELECT r.key, r.request, r.answer, r.thought, r.finish, r.error, r.prefix, "
             "r.prompt_tokens, r.completion_tokens, r.seconds FROM responses r WHERE r.finish IN "

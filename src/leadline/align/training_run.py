@@ -23,7 +23,7 @@ from ..secret import scrub
 from ..study import DatasetPick
 from ..text import one_line
 from . import data
-from .before_after import BeforeAfter, before_after, check_evaluation
+from .before_after import BeforeAfter, before_after, check_evaluation, check_reuse
 from .harmless import evaluation_requests, knows_the_guild
 from .settings import EvaluationConfig, TrainingConfig
 from .watch import callback_arguments
@@ -108,6 +108,8 @@ class TrainingRun:
             check_evaluation(
                 dataset, evaluation.judge, evaluation.limit, evaluation.max_tokens, evaluation.only
             )
+            if evaluation.before_from:
+                check_reuse(Path(evaluation.before_from), checkpoint.path)
             harmless = evaluation_requests(checkpoint, held_out=held_out)
             watch = callback_arguments(evaluation, dataset, harmless, deepen=deepens)
             if watch:  # it may stop training or restore earlier weights
