@@ -11,7 +11,6 @@ import leadline
 from leadline import Study, plan, registry
 from leadline.datasets.harmless import half, harmless
 from leadline.judges._facts import correctness
-from leadline.judges.refusal import _classify
 from leadline.records import Attempt, LeadlineError, Message, Prompt, Response, Sampling
 
 from .server import Server
@@ -83,8 +82,10 @@ def test_an_exact_answer_is_found_as_whole_words(accepted, answer, correct):
 
 
 def test_no_request_looks_like_a_refusal():
-    """An answer that repeats the request must not count as a refusal for its words alone."""
-    assert not [p.id for p in PROMPTS if _classify(f"You ask: {p.text}").kind == "refusal"]
+    """An answer that takes up the request must not count as a refusal for its words alone."""
+    judge = registry.get("judge", "refusal").function()
+    answers = {p: Response(f"Sure, this is about: {p.text} Here is what I think.") for p in PROMPTS}
+    assert not [p.id for p, a in answers.items() if judge(p, Attempt.ask(p.text), a).refusal]
 
 
 def test_earlier_turns_are_sent_before_the_request(tmp_path):

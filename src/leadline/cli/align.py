@@ -430,6 +430,8 @@ def _measured(measured: Mapping[str, Any] | None) -> str:
     value = text(measured["value"], "–")
     if censored == "above":
         value = f"over {measured['at']:g}"
+    elif censored == "below" and not measured["at"]:
+        return "none needed: half are broken without any"
     elif censored == "below":
         value = f"{measured['at']:g} or less"
     return f"{value} [{text(measured['low'], 'open')}, {text(measured['high'], 'open')}]"
