@@ -91,10 +91,13 @@ def test_deepen_restores_the_last_weights_that_hold(files, tmp_path: Path, caplo
     if held == 0:
         initial, kept = weights(organism.path(ALIGNED)), weights(made.folder)
         assert all((initial[name] == kept[name]).all() for name in initial)
-    again = repair.deepen(  # complete: nothing is trained, and the warning stays
+    saved = (made.folder / "model.safetensors").stat().st_mtime_ns
+    again = repair.deepen(  # complete: another evaluation is possible, and the warning stays
         ALIGNED, files["harmful"], None, tmp_path / "o", alpha=1, max_prefix=30,
-        training=WRECKING, evaluation=evaluation,
+        training=WRECKING, evaluation=EvaluationConfig(only=("kl",), every=7, limit=8),
     )  # fmt: skip
+    assert (made.folder / "model.safetensors").stat().st_mtime_ns == saved
+    assert "KL(before || after), nats per token" in table(made.folder)
     assert again.warnings == made.warnings
 
 
@@ -192,7 +195,7 @@ def test_what_is_watched_during_training():
     assert by_default["attacks"] == ["direct"]
     assert by_default["stop_above"] == {}
     assert arguments(deepen=False) is None
-    assert arguments(only=("prefill",)) is None
+    assert arguments(only=("prefill",), limit=4, max_tokens=9) == by_default
     watched = arguments("guild", every=20, target_asr=25)
     assert watched["every"] == 20
     assert watched["stop_below"] == {f"prefill(k={k})": 0.25 for k in (1, 5, 10)}

@@ -117,7 +117,7 @@ class TrainingRun:
         description = json.dumps(identity, indent=1)
         run = TrainingRun(out, checkpoint, template, config, description, dataset, watch)
         file = run.folder / "run.json"
-        if file.is_file() and file.read_text(encoding="utf-8") != scrub(description):
+        if file.is_file() and not run._is_of(file.read_text(encoding="utf-8")):
             raise LeadlineError(
                 f"{out} contains a run with other data or settings (see {file}): give another "
                 "--out, or remove it"
@@ -176,6 +176,15 @@ class TrainingRun:
                 self.template.tokenizer.save_pretrained(self.out)
                 ended = {"breach": safety.breach, "reached": safety.reached} if safety else {}
                 (self.folder / "trained").write_text(json.dumps(ended), encoding="utf-8")
+
+    def _is_of(self, stored: str) -> bool:
+        """Whether a stored description is this run's. After training, another evaluation is still
+        the same run."""
+        one, other = json.loads(stored), json.loads(scrub(self.description))
+        if self.is_trained:
+            one.pop("watch", None)
+            other.pop("watch", None)
+        return bool(one == other)
 
     def _ended(self) -> dict[str, str]:
         """Why training ended early, by the name of the SafetyCallback's attribute."""

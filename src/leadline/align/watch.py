@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..records import LeadlineError
-from .before_after import check_measures, named_harmless
+from .before_after import named_harmless
 from .settings import EvaluationConfig
 
 _EVERY = 0.25  # share of the steps between two checks
@@ -29,8 +29,7 @@ def callback_arguments(
     if evaluation is None:
         return None
     wants_asr = evaluation.every is not None or evaluation.target_asr is not None
-    bounded = deepen and "harmless" in check_measures(evaluation.only)
-    if not (wants_asr or bounded):
+    if not (wants_asr or deepen):
         return None
     if wants_asr and dataset is None:
         raise LeadlineError(
@@ -38,9 +37,8 @@ def callback_arguments(
             "'harmbench: {path: harmbench.csv}'"
         )
     datasets = [dataset] if wants_asr else []
-    if bounded:
-        requests = min(_REQUESTS, evaluation.limit or _REQUESTS)
-        datasets.append(named_harmless(harmless, limit=requests).model_dump())
+    if deepen:
+        datasets.append(named_harmless(harmless, limit=_REQUESTS).model_dump())
     target = evaluation.target_asr
     stop_above: dict[str, float] | None = dict(evaluation.stop_above)
     if not stop_above and wants_asr and (evaluation.on_breach or not deepen):
@@ -49,14 +47,14 @@ def callback_arguments(
         "every": evaluation.every or _EVERY,
         "datasets": datasets,
         "attacks": ["direct", {"prefill": {"k": list(_TARGETS)}}] if wants_asr else ["direct"],
-        "judges": [] if evaluation.judge is None else [evaluation.judge],
+        "judges": [evaluation.judge] if wants_asr and evaluation.judge is not None else [],
         "sampling": {
             "temperature": 0,
             "max_tokens": evaluation.max_tokens if wants_asr else _REFUSAL_TOKENS,
         },
-        "limit": evaluation.limit,
+        "limit": evaluation.limit if wants_asr else None,
         "stop_above": stop_above,
-        "max_rise": {"over_refusal": evaluation.max_over_refusal / 100} if bounded else {},
+        "max_rise": {"over_refusal": evaluation.max_over_refusal / 100} if deepen else {},
         "stop_below": {} if target is None else {f"prefill(k={k})": target / 100 for k in _TARGETS},
-        "on_breach": evaluation.on_breach or ("rollback" if bounded else "warn"),
+        "on_breach": evaluation.on_breach or ("rollback" if deepen else "warn"),
     }
