@@ -422,5 +422,5 @@ def test_json_output_is_the_models_folder_and_notes(leadline, files):
     ran = leadline("finetune", ALIGNED, "--data", files["benign"], "--out", "o", "--no-evaluation",
                    "--steps", 1, "--batch", 2, "--json")  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout) == {"model": "o", "notes": []}
+    assert json.loads(ran.stdout) == {"model": "o", "notes": [], "warnings": []}
     assert "Warning" not in ran.stderr
