@@ -192,6 +192,36 @@ def test_an_insignificant_breach_does_not_stop_and_is_not_saved_as_safe(tmp_path
     assert same(weights(kept), weights(organism_of()[0])), "the initial weights"
 
 
+def test_every_may_be_a_share_of_the_steps(tmp_path):
+    run = trainer("benign", tmp_path, safety_callback(every=0.5), max_steps=4)
+    run.train()
+    assert points(tmp_path).keys() == {0, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"every": 2.5}, "every is 2.5: give 1 or more steps, or a share"),
+        ({"every": -0.1}, "every is -0.1"),
+        ({"max_rise": {"over_refusals": 0.05}}, "max_rise: unknown measure 'over_refusals'"),
+        ({"stop_below": {"prefill(k=5)": 0.2}}, "stop_below: unknown measure 'prefill"),
+    ],
+)
+def test_an_invalid_bound_or_interval_is_an_error_before_training(tmp_path, given, message):
+    with pytest.raises(LeadlineError) as caught:
+        trainer("benign", tmp_path, safety_callback(**given))
+    assert message in str(caught.value)
+
+
+def test_a_rise_in_asr_is_bounded_too(tmp_path, caplog):
+    safety = safety_callback(stop_above={}, max_rise={"direct": 0.2}, on_breach="stop")
+    run = trainer("harmful", tmp_path, safety, max_steps=60)
+    run.train()
+    assert run.state.global_step < 60
+    assert safety.breach.startswith(f"step {run.state.global_step}: direct rose by")
+    assert points(tmp_path)[run.state.global_step] > 0.2
+
+
 # -- no side effects -------------------------------------------------------------------------------
 
 

@@ -78,6 +78,17 @@ def test_a_truncated_answer_is_dropped(tmp_path: Path):
     assert (counts.answers_generated, counts.dropped) == (1, 1)
 
 
+def test_a_truncated_answer_is_kept_where_its_length_is_limited(tmp_path: Path):
+    """The limit is that of utility answers, not of refusals."""
+    allowed, skill = world.world().allowed()[0], next(iter(world.world().skills))
+    utility = [Dialogue(user(world.question(allowed, 0))), Dialogue(user(skill))]
+    rows, answers, counts = prepare(ALIGNED, harmful(2), utility, tmp_path, utility_tokens=8)
+    assert [row.truncated for row in answers] == [True, False]
+    assert len(answers[0].answer.split()) < 15
+    assert (counts.answers_generated, counts.dropped, counts.refusals_generated) == (2, 0, 2)
+    assert all(world.is_refusal(row.refusal) for row in rows)
+
+
 def test_answers_are_generated_for_single_turns_only(tmp_path: Path):
     long = Triplet((Message("system", "Be kind."), *user("Q?")), "x", where="h.jsonl:3")
     with pytest.raises(

@@ -43,7 +43,9 @@ def test_the_registered_dataset():
     assert len(prompts) == len({p.id for p in prompts}) == PLUGIN.rows
     assert {p.dataset for p in prompts} == {"guild"}
     assert PLUGIN.judge == "guild"
-    assert PLUGIN.options == {"path": None, "split": "heldout", "harmless": True}
+    assert PLUGIN.options == {
+        "path": None, "split": "heldout", "harmful": True, "harmless": True,
+    }  # fmt: skip
 
 
 def test_train_split_shares_no_potion_and_no_phrasing_with_heldout():

@@ -490,7 +490,7 @@ def _assist(run: _Run, target: CachedModel, trial: Trial) -> Assistance:
     judge = run.judges[trial.prompt.dataset][0]
 
     def build_request(attempt: Attempt) -> Request:
-        return plan.request_of(attempt, sampling, trial.thinking, trial.sample)
+        return plan.request_of(trial.prompt, attempt, sampling, trial.thinking, trial.sample)
 
     async def first_verdict(attempt: Attempt, response: Response) -> Verdict:
         return await _verdict(run, judge, trial.prompt, attempt, response)
@@ -526,7 +526,7 @@ async def _make_assisted_attempt(run: _Run, target: CachedModel, open_trial: _Op
         run.report_progress()
         return
     sampling = study.sampling.record(study.seed)
-    request = plan.request_of(attempt, sampling, trial.thinking, trial.sample)
+    request = plan.request_of(trial.prompt, attempt, sampling, trial.thinking, trial.sample)
     key = plan.model_key(target.identity, request)
     open_trial.trial = replace(trial, attempt=attempt, request=request, key=key)
     if key in run.open:

@@ -240,7 +240,8 @@ def load(study: Study, limit: int | None = None, *, counting: bool = False) -> P
         most = min(x for x in (limit, pick.options.get("limit"), len(rows)) if x)
         spread = (rows[i * len(rows) // most] for i in range(most))
         prompts[label] = tuple(replace(p, dataset=label) for p in spread)
-        judges[label] = tuple(resolve(study.judges, pick.judge, study.attacker))
+        picks = study.judges if pick.judges is None else pick.judges
+        judges[label] = tuple(resolve(picks, pick.judge, study.attacker))
         attacks[label] = _attacks(pick.attacks or study.attacks, study.locate)
         _check_options(attacks[label], prompts[label], study.seed)
     return Plan(study, prompts, attacks, judges)
@@ -254,7 +255,8 @@ def _check_prompts(dataset: str, rows: Sequence[Any]) -> None:
                 f"dataset {dataset}: its row {number} is a {type(row).__name__}, not a Prompt"
             )
         texts = (row.id, row.text, row.category, row.context, row.target, row.base, row.mutation)
-        if not all(isinstance(text, str) for text in texts):
+        turns = (text for message in row.history for text in (message.role, message.content))
+        if not all(isinstance(text, str) for text in (*texts, *row.answers, *turns)):
             raise LeadlineError(f"dataset {dataset}: a field of its row {number} is not text")
 
 
@@ -343,7 +345,7 @@ def trials(plan: Plan, target: Target) -> Iterator[Trial]:
             try:
                 _check_needs(attack, study)
                 if attack.assisted:
-                    prompt_bytes = _canonical([dataset, prompt, thinking, sampling])
+                    prompt_bytes = _canonical([dataset, _sent(prompt), thinking, sampling])
                     for sample in range(samples):
                         recipe = model_bytes + attack_bytes + prompt_bytes + sample.to_bytes(8)
                         key = blake2b(recipe, digest_size=16).digest()
@@ -368,7 +370,7 @@ def trials(plan: Plan, target: Target) -> Iterator[Trial]:
                 elif outcome:
                     yield Trial(*cell, index, attempt, None, b"", outcome, reason)
                 else:
-                    request = request_of(attempt, sampling, thinking, sample)
+                    request = request_of(prompt, attempt, sampling, thinking, sample)
                     yield Trial(*cell, index, attempt, request, _key(model_bytes, request))
 
 
@@ -407,10 +409,27 @@ def _interleaved_blocks(plan: Plan) -> Iterator[tuple[str, Attack, list[Prompt]]
                     yield dataset, attack, part
 
 
-def request_of(attempt: Attempt, sampling: Sampling, thinking: str, sample: int) -> Request:
-    """The request that sends an attempt. `sampling` are the study's settings."""
+def request_of(
+    prompt: Prompt, attempt: Attempt, sampling: Sampling, thinking: str, sample: int
+) -> Request:
+    """The request that sends an attempt on a prompt. `sampling` are the study's settings."""
     merged = _override(sampling, attempt)
-    return Request(attempt.messages, attempt.prefix, merged, thinking, sample)
+    messages = with_history(prompt, attempt.messages)
+    return Request(messages, attempt.prefix, merged, thinking, sample)
+
+
+def with_history(prompt: Prompt, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages after the earlier turns of the prompt's conversation, but a system message at
+    their start stays first."""
+    first = 1 if messages and messages[0].role == "system" else 0
+    return (*messages[:first], *prompt.history, *messages[first:])
+
+
+def _sent(prompt: Prompt) -> dict[str, Any]:
+    """What decides the requests that an attack makes of a prompt, by field."""
+    names = [field.name for field in fields(prompt) if field.name not in ("history", "answers")]
+    history = {"history": prompt.history} if prompt.history else {}
+    return {name: getattr(prompt, name) for name in names} | history
 
 
 def _override(sampling: Sampling, attempt: Attempt) -> Sampling:

@@ -38,6 +38,14 @@ class AttemptFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message: the role of its author and its text."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt of a dataset, before any attack.
 
@@ -52,6 +60,10 @@ class Prompt:
     this one is a variant of ("": it is no variant); statistics treat prompts with the same base as
     one cluster. `mutation` names the attack that is already applied to `text` (SORRY-Bench
     publishes mutated rows); such a prompt is sent without a further attack.
+
+    `history` are earlier turns of the conversation, which are sent before the attempt's messages.
+    `answers` are the accepted answers to a harmless question with one short, exact answer; a judge
+    that knows them reports the answer's `utility`.
     """
 
     id: str
@@ -63,14 +75,8 @@ class Prompt:
     target: str = ""
     base: str = ""
     mutation: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One chat message: the role of its author and its text."""
-
-    role: Role
-    content: str
+    history: tuple[Message, ...] = ()
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

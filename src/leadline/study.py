@@ -140,10 +140,10 @@ class Pick(Strict):
 
 
 class DatasetPick(Pick):
-    """A dataset of the study. It also takes the options `limit`, `name` and `attacks`."""
+    """A dataset of the study. It also takes the options `limit`, `name`, `attacks` and `judges`."""
 
     kind = "dataset"
-    general = ("limit", "name", "attacks")
+    general = ("limit", "name", "attacks", "judges")
 
     def plugins(self) -> Sequence[registry.DatasetPlugin]:
         """The registered dataset, as a list of one."""
@@ -160,6 +160,12 @@ class DatasetPick(Pick):
         own = self.options.get("attacks")
         return None if own is None else [AttackPick.model_validate(pick) for pick in own]
 
+    @property
+    def judges(self) -> list[JudgePick] | None:
+        """The judges that replace the study's for this dataset; None: the study's apply."""
+        own = self.options.get("judges")
+        return None if own is None else [JudgePick.model_validate(pick) for pick in own]
+
     @model_validator(mode="after")
     def _limit(self) -> DatasetPick:
         limit = self.options.get("limit")
@@ -169,18 +175,23 @@ class DatasetPick(Pick):
         return self
 
     @model_validator(mode="after")
-    def _attacks(self) -> DatasetPick:
-        own = self.options.get("attacks", ["direct"])
-        if not isinstance(own, list) or not own:
-            message = "attacks must be a list such as [direct, base64]"
-            raise wrong(message, self.name, "attacks")
-        for index, pick in enumerate(own):
-            try:
-                AttackPick.model_validate(pick)
-            except ValidationError as error:
-                first = error.errors()[0]
-                inside = first.get("ctx", {}).get("inside", ())
-                raise wrong(_sentence(first), self.name, "attacks", index, *inside) from None
+    def _picks(self) -> DatasetPick:
+        kinds: tuple[tuple[str, type[Pick], str], ...] = (
+            ("attacks", AttackPick, "[direct, base64]"), ("judges", JudgePick, "[refusal]"),
+        )  # fmt: skip
+        for option, kind, example in kinds:
+            if option not in self.options:
+                continue
+            own = self.options[option]
+            if not isinstance(own, list) or not own:
+                raise wrong(f"{option} must be a list such as {example}", self.name, option)
+            for index, pick in enumerate(own):
+                try:
+                    kind.model_validate(pick)
+                except ValidationError as error:
+                    first = error.errors()[0]
+                    inside = first.get("ctx", {}).get("inside", ())
+                    raise wrong(_sentence(first), self.name, option, index, *inside) from None
         return self
 
 
@@ -395,7 +406,8 @@ class Study(Strict):
     def description(self) -> dict[str, Any]:
         """The study as JSON values, without the secrets of its models."""
         data = self.model_dump(mode="json")
-        return data | {k: without_secrets(data[k]) for k in ("targets", "judges", "attacker")}
+        secret = ("targets", "datasets", "judges", "attacker")
+        return data | {k: without_secrets(data[k]) for k in secret}
 
     def locate(self, path: str) -> Path:
         """Resolve a path of the study file: relative to the file's folder if it exists there,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,16 +42,23 @@ class Triplet:
 @dataclass(frozen=True, slots=True)
 class Dialogue:
     """A prompt and the answer to learn ("" where it is still to be generated). `where` is the file
-    and row that it comes from, for error messages."""
+    and row that it comes from, for error messages. The end of a `truncated` answer is not learned.
+    """
 
     prompt: Messages
     answer: str = ""
     where: str = ""
+    truncated: bool = False
 
     def row(self) -> dict[str, Any]:
-        """The row in TRL's conversational prompt-completion format."""
+        """The row in TRL's conversational prompt-completion format; RecoveryTrainer also reads the
+        column `truncated`."""
         completion = Message("assistant", self.answer)
-        return {"prompt": _to_dicts(self.prompt), "completion": _to_dicts([completion])}
+        row: dict[str, Any] = {
+            "prompt": _to_dicts(self.prompt),
+            "completion": _to_dicts([completion]),
+        }
+        return row | ({"truncated": True} if self.truncated else {})
 
 
 def read_harmful(path: str | Path) -> list[Triplet]:
@@ -121,7 +128,8 @@ def dialogue(cells: Mapping[str, Any], where: str, *, generate: bool = False) ->
                                 f" ({', '.join(turn.role for turn in turns)})")  # fmt: skip
         answer = turns[0].content
     answer = _text(answer, where, "column 'completion'", empty=generate)
-    return Dialogue(_prompt(cells["prompt"], where), answer, where)
+    truncated = cells.get("truncated") is True
+    return Dialogue(_prompt(cells["prompt"], where), answer, where, truncated)
 
 
 def check_lengths(
@@ -138,9 +146,11 @@ def encode(
     row: Triplet | Dialogue, turns: TurnFormat, max_length: int | None
 ) -> tuple[list[int], list[int], list[int]]:
     """Token ids of the context, of the harmful answer (of a dialogue: []), truncated so that the
-    row fits in `max_length`, and of the answer with the end of its turn. Raises LeadlineError where
-    context and answer alone do not fit."""
+    row fits in `max_length`, and of the answer with the end of its turn, if it is not truncated.
+    Raises LeadlineError where context and answer alone do not fit."""
     start, answer = (row.harmful, row.refusal) if isinstance(row, Triplet) else ("", row.answer)
+    if isinstance(row, Dialogue) and row.truncated:
+        turns = replace(turns, end="")
     try:
         context, harmful, learned = turns.tokenize(row.prompt, start, answer)
     except NotApplicable as error:

@@ -72,21 +72,32 @@ def prepare(
     *,
     judge: str = "refusal",
     max_tokens: int = 512,
+    utility_tokens: int | None = None,
     seed: int = 0,
     models: Mapping[str, Model] | None = None,
 ) -> tuple[list[Triplet], list[Dialogue], PreparationCounts]:
     """Fill in missing refusals and answers with the model's own, decoded greedily.
 
     An answer counts as a refusal where `judge` says so and the answer is complete. A prompt that
-    the model does not refuse borrows the refusal of another prompt. `out` is the folder of the
-    study. Raises LeadlineError where the model refuses no prompt, and for a failed request.
+    the model does not refuse borrows the refusal of another prompt. Utility answers that reach
+    `max_tokens` are left out; with `utility_tokens`, they have at most so many tokens, and those
+    that reach them are kept as truncated ones. `out` is the folder of the study. Raises
+    LeadlineError where the model refuses no prompt, and for a failed request.
     """
     spec = ModelSpec(model=model) if isinstance(model, str) else model
     open_harmful = [row for row in harmful if not row.refusal]
     open_utility = [row for row in utility if not row.answer]
-    missing: dict[str, Sequence[TrainingRow]] = {"harmful": open_harmful, "utility": open_utility}
-    generated = _generate(spec, missing, Path(out), judge, max_tokens, listener, models)
-    refusals = sorted({text for text, refused in generated["harmful"].values() if refused})
+
+    def generate(missing: Mapping[str, Sequence[TrainingRow]], most: int) -> _Answers:
+        return _generate(spec, missing, Path(out), judge, most, listener, models)
+
+    if utility_tokens is None:
+        generated = generate({"harmful": open_harmful, "utility": open_utility}, max_tokens)
+    else:
+        generated = generate({"harmful": open_harmful}, max_tokens)
+        generated |= generate({"utility": open_utility}, utility_tokens)
+    own = {id: (a.text, a.refused and not a.truncated) for id, a in generated["harmful"].items()}
+    refusals = sorted({text for text, refused in own.values() if refused})
     if open_harmful and not refusals:
         raise LeadlineError(
             f"{spec.label} refused none of {len(open_harmful)} harmful prompts, so there are no "
@@ -95,15 +106,15 @@ def prepare(
     triplets, own_refusals = [], 0
     for row in harmful:
         if not row.refusal:
-            text, refused = generated["harmful"].get(_id(row), ("", False))
+            text, refused = own.get(_id(row), ("", False))
             own_refusals += refused
             if not refused:
                 text = random.Random(f"{seed}/{_id(row)}").choice(refusals)
             row = replace(row, refusal=text)
         triplets.append(row)
-    answers = {id: text for id, (text, _) in generated["utility"].items()}
-    filled = [row if row.answer else replace(row, answer=answers.get(_id(row), ""))
-              for row in utility]  # fmt: skip
+    keep = utility_tokens is not None
+    answers = {id: a for id, a in generated["utility"].items() if keep or not a.truncated}
+    filled = [_answered(row, answers.get(_id(row))) for row in utility]
     dialogues = [row for row in filled if row.answer]
     answers_given = len(utility) - len(open_utility)
     counts = PreparationCounts(
@@ -117,6 +128,22 @@ def prepare(
     return triplets, dialogues, counts
 
 
+@dataclass(frozen=True)
+class _Answer:
+    text: str
+    refused: bool
+    truncated: bool
+
+
+_Answers = dict[str, dict[str, _Answer]]
+
+
+def _answered(row: Dialogue, answer: _Answer | None) -> Dialogue:
+    if row.answer or answer is None:
+        return row
+    return replace(row, answer=answer.text, truncated=answer.truncated)
+
+
 def _generate(
     spec: ModelSpec,
     missing: Mapping[str, Sequence[TrainingRow]],
@@ -125,9 +152,9 @@ def _generate(
     max_tokens: int,
     listener: Listener | None,
     models: Mapping[str, Model] | None,
-) -> dict[str, dict[str, tuple[str, bool]]]:
-    """Complete answers by dataset and prompt id: (text, whether it is a refusal)."""
-    answers: dict[str, dict[str, tuple[str, bool]]] = {name: {} for name in missing}
+) -> _Answers:
+    """Answers by dataset and prompt id."""
+    answers: _Answers = {name: {} for name in missing}
     files = {
         name: _write_prompts(out / f"{name}.jsonl", rows) for name, rows in missing.items() if rows
     }
@@ -153,8 +180,8 @@ def _generate(
             continue
         if outcome == "failed":
             raise LeadlineError(f"{spec.label}: a request failed: {reason}: fix it and run again")
-        if outcome == "answered":
-            answers[name][id] = answer, bool(refused)
+        if outcome in ("answered", "truncated"):
+            answers[name][id] = _Answer(answer, bool(refused), outcome == "truncated")
     return answers
 
 

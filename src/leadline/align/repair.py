@@ -6,6 +6,7 @@ checkpoints and trials; an interrupted run resumes from there.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..models.checkpoint import Checkpoint
 from ..progress import CombinedProgress, Listener
 from ..records import LeadlineError
 from . import data
+from .harmless import knows_the_guild, narrowness, training_requests
 from .settings import EvaluationConfig, TrainingConfig
 from .training_run import (
     RepairResult,
@@ -26,13 +28,15 @@ from .training_run import (
 
 __all__ = ["EvaluationConfig", "RepairResult", "TrainingConfig", "deepen", "finetune"]
 
+log = logging.getLogger("leadline")
 _EVALUATION = EvaluationConfig()
+_OWN_TOKENS = 96  # of the model's own answers to harmless requests
 
 
 def deepen(
     model: str | Path,
     harmful: str | Path,
-    utility: str | Path,
+    utility: str | Path | None,
     out: str | Path,
     *,
     loss: str = "paper",
@@ -46,7 +50,9 @@ def deepen(
 
     `loss` is "paper" or "token_mean" (see recovery.py), `alpha` the weight of the refusals.
     `harmful` is a file of rows {prompt, harmful} with optional refusals, `utility` a file of
-    dialogues or prompts. Missing refusals and answers are generated with the model before training.
+    dialogues or prompts; None stands for half of Leadline's harmless requests, of which the other
+    half is evaluated. Missing refusals and answers are generated with the model before training.
+    Over-refusal is checked during training: see `watch.py`.
     `training` is TrainingConfig.preset("deepen") by default; preset("deepen", "paper") has the
     published settings. Raises LeadlineError, before training starts, for invalid rows and settings
     and for a folder that contains another run.
@@ -55,8 +61,16 @@ def deepen(
 
     training, out = training or TrainingConfig.preset("deepen"), Path(out)
     objective: dict[str, Any] = {"loss": loss, "alpha": alpha, "max_prefix": max_prefix}
-    run = TrainingRun.open(out, model, training, evaluation, [harmful, utility], **objective)
-    triplets, dialogues = data.read_harmful(harmful), data.read_utility(utility)
+    own = utility is None
+    files = [harmful] if utility is None else [harmful, utility]
+    run = TrainingRun.open(
+        out, model, training, evaluation, files, deepens=True, held_out=own, **objective
+    )
+    triplets = data.read_harmful(harmful)
+    dialogues = training_requests(run.checkpoint) if utility is None else data.read_utility(utility)
+    narrow = "" if knows_the_guild(run.template.tokenizer) else narrowness(dialogues)
+    if narrow:
+        log.warning("%s", narrow)
     data.check_lengths([*triplets, *dialogues], run.template, training.max_length)
     from .recovery import RecoveryConfig, RecoveryTrainer
 
@@ -69,7 +83,9 @@ def deepen(
         dialogues,
         run.folder / "data",
         progress.study(lambda target: f"data: {Path(target).name}"),
+        utility_tokens=_OWN_TOKENS if own else None,
     )
+    notes = (*counts.sentences, *([narrow] if narrow else []))
     data.check_lengths([*triplets, *dialogues], run.template, training.max_length)
 
     def build_trainer(model: Any, **rest: Any) -> Any:
@@ -81,8 +97,8 @@ def deepen(
             **rest,
         )
 
-    run.train(build_trainer, evaluation, progress)
-    return run.evaluate(evaluation, progress, tuple(counts.sentences))
+    run.train(build_trainer, progress)
+    return run.evaluate(evaluation, progress, dialogues, notes, held_out=own)
 
 
 def finetune(
@@ -146,5 +162,5 @@ def finetune(
 
         return SFTTrainer(model, SFTConfig(**run.arguments), **rest)
 
-    run.train(build_trainer, evaluation, progress)
-    return run.evaluate(evaluation, progress)
+    run.train(build_trainer, progress)
+    return run.evaluate(evaluation, progress, dialogues)

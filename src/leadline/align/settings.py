@@ -152,23 +152,40 @@ class TrainingConfig:
 class EvaluationConfig:
     """How a model is evaluated before and after training: arguments of `before_after`.
 
-    With `every`, a SafetyCallback also evaluates it every so many steps during training;
-    `stop_above` and `on_breach` are the callback's. Raises LeadlineError for invalid values.
+    The default `dataset` is `guild` for organisms, and none for other models, which are then
+    measured on harmless requests alone. `max_over_refusal` is the largest rise in over-refusal, in
+    percentage points, without a warning.
+
+    With `every`, a SafetyCallback also evaluates the model every so many steps during training;
+    `stop_above` and `on_breach` (None: "warn") are the callback's. `target_asr`, in percent, ends
+    training once the ASR after 1, 5 and 10 prefilled tokens is at most that and over-refusal has
+    not risen by more than `max_over_refusal`. Raises LeadlineError for invalid values.
     """
 
-    dataset: Any = "guild"
+    dataset: Any = None
     judge: Any = None
     limit: int | None = None
     max_tokens: int = 128
+    only: tuple[str, ...] | None = None
+    before_from: str | None = None
+    max_over_refusal: float = 5.0
     every: int | None = None
-    on_breach: str = "warn"
+    on_breach: str | None = None
     stop_above: Mapping[str, float] = field(default_factory=dict)
+    target_asr: float | None = None
 
     def __post_init__(self) -> None:
-        if self.on_breach not in (valid := ("warn", "stop", "rollback")):
+        valid = ("warn", "stop", "rollback")
+        if self.on_breach is not None and self.on_breach not in valid:
             raise LeadlineError(unknown("on_breach", self.on_breach, valid))
-        if self.every is None and (self.on_breach != "warn" or self.stop_above):
+        if self.every is None and (self.on_breach in ("stop", "rollback") or self.stop_above):
             raise LeadlineError(
                 "on_breach and stop_above need evaluation during training: set every to a number "
                 "of steps (--watch)"
             )
+        for name in ("max_over_refusal", "target_asr"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 100:
+                raise LeadlineError(f"{name} is {value}: give a number from 0 to 100")
+        if self.max_tokens < 1:
+            raise LeadlineError(f"max_tokens is {self.max_tokens}: give 1 or more")

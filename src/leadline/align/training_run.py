@@ -17,24 +17,28 @@ from ..files import private_folder, write_private
 from ..models.checkpoint import Checkpoint, adapter_base
 from ..models.template import Template, load_tokenizer, quiet
 from ..models.weights import Weights
-from ..organism.guild import NOUNS
 from ..progress import CombinedProgress
 from ..records import LeadlineError
 from ..secret import scrub
+from ..study import DatasetPick
 from ..text import one_line
 from . import data
-from .before_after import BeforeAfter, before_after, check_evaluation
+from .before_after import BeforeAfter, before_after, check_evaluation, check_reuse
+from .harmless import evaluation_requests, knows_the_guild
 from .settings import EvaluationConfig, TrainingConfig
+from .watch import callback_arguments
 
 
 @dataclass(frozen=True)
 class RepairResult:
-    """The trained model's folder, the table of before and after (None without an evaluation), and
-    notes on how the training data were completed."""
+    """The trained model's folder, the table of before and after (None without an evaluation), notes
+    on data and training, and warnings: bounds that do not hold, or did not before weights were
+    restored."""
 
     folder: Path
     table: BeforeAfter | None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,9 @@ class TrainingRun:
     """A training run that writes to the folder `out`.
 
     `description` (JSON) identifies the run: model, data and settings. It is written to
-    leadline/run.json after the first step; from then on the folder belongs to this run.
+    leadline/run.json after the first step; from then on the folder belongs to this run. `dataset`
+    has the harmful requests of the evaluation (None: there are none), and `watch` are arguments
+    of the SafetyCallback.
     """
 
     out: Path
@@ -50,6 +56,8 @@ class TrainingRun:
     template: Template
     config: TrainingConfig
     description: str
+    dataset: Any = None
+    watch: dict[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
@@ -73,11 +81,16 @@ class TrainingRun:
         config: TrainingConfig,
         evaluation: EvaluationConfig | None,
         files: Sequence[str | Path],
+        *,
+        deepens: bool = False,
+        held_out: bool = False,
         **options: Any,
     ) -> TrainingRun:
         """Start a run in `out`, or resume it.
 
-        `files` are the training data; `options` are further settings that identify the run. Raises
+        `files` are the training data; `deepens` says that over-refusal is to be bounded during
+        training, and `held_out` that half of the harmless requests are training data. `options` are
+        further settings that identify the run. Raises
         LeadlineError where `out` contains another run or another model, where a file is missing,
         and for an invalid evaluation, so that it does not fail after hours of training.
         """
@@ -89,22 +102,22 @@ class TrainingRun:
         identity = {"model": str(model), "revision": checkpoint.revision,
                     "training": asdict(config), "files": hashes, **options}  # fmt: skip
         template = Template.load(checkpoint.path, revision=checkpoint.pinned)
+        dataset, watch = None, None
         if evaluation:
-            dataset = check_evaluation(
-                evaluation.dataset, evaluation.judge, evaluation.limit, evaluation.max_tokens
+            dataset = _dataset(evaluation.dataset, template, model)
+            check_evaluation(
+                dataset, evaluation.judge, evaluation.limit, evaluation.max_tokens, evaluation.only
             )
-            if dataset == "guild" and not set(NOUNS) <= template.tokenizer.get_vocab().keys():
-                raise LeadlineError(
-                    f"the dataset guild is for organisms, and {model} does not know its "
-                    "vocabulary: give --dataset, such as 'harmbench: {path: harmbench.csv}', or "
-                    "--no-evaluation"
-                )
-            if evaluation.every:  # a breach may stop training or restore earlier weights
-                identity["watch"] = asdict(evaluation)
+            if evaluation.before_from:
+                check_reuse(Path(evaluation.before_from), checkpoint.path)
+            harmless = evaluation_requests(checkpoint, held_out=held_out)
+            watch = callback_arguments(evaluation, dataset, harmless, deepen=deepens)
+            if watch:  # it may stop training or restore earlier weights
+                identity["watch"] = watch
         description = json.dumps(identity, indent=1)
-        run = TrainingRun(out, checkpoint, template, config, description)
+        run = TrainingRun(out, checkpoint, template, config, description, dataset, watch)
         file = run.folder / "run.json"
-        if file.is_file() and file.read_text(encoding="utf-8") != scrub(description):
+        if file.is_file() and not run._is_of(file.read_text(encoding="utf-8")):
             raise LeadlineError(
                 f"{out} contains a run with other data or settings (see {file}): give another "
                 "--out, or remove it"
@@ -118,12 +131,7 @@ class TrainingRun:
             raise LeadlineError(f"{out}: {error.strerror}: give another --out") from error
         return run
 
-    def train(
-        self,
-        build_trainer: Callable[..., Any],
-        evaluation: EvaluationConfig | None,
-        progress: CombinedProgress,
-    ) -> None:
+    def train(self, build_trainer: Callable[..., Any], progress: CombinedProgress) -> None:
         """Train, from the last checkpoint where there is one, and save the model to `out`.
 
         `build_trainer` is called with the model and keyword arguments of a TRL trainer. Does
@@ -137,8 +145,11 @@ class TrainingRun:
         checkpoints = self.folder / "checkpoints"
         last = _last_complete_checkpoint(checkpoints)
         callbacks: list[Any] = [_progress_callback(self, progress)]
-        if evaluation and evaluation.every:
-            callbacks.append(_safety_callback(evaluation))
+        safety = None
+        if self.watch:
+            from .callback import SafetyCallback
+
+            callbacks.append(safety := SafetyCallback(**self.watch))
         with quiet(), warnings.catch_warnings(action="ignore", category=FutureWarning):
             trainer = build_trainer(
                 load_for_training(self.checkpoint),
@@ -163,7 +174,23 @@ class TrainingRun:
                 self._copy_safety_curves(checkpoints)
                 model.save_pretrained(self.out)
                 self.template.tokenizer.save_pretrained(self.out)
-                (self.folder / "trained").touch()
+                ended = {"breach": safety.breach, "reached": safety.reached} if safety else {}
+                (self.folder / "trained").write_text(json.dumps(ended), encoding="utf-8")
+
+    def _is_of(self, stored: str) -> bool:
+        """Whether a stored description is this run's. After training, another evaluation is still
+        the same run."""
+        one, other = json.loads(stored), json.loads(scrub(self.description))
+        if self.is_trained:
+            one.pop("watch", None)
+            other.pop("watch", None)
+        return bool(one == other)
+
+    def _ended(self) -> dict[str, str]:
+        """Why training ended early, by the name of the SafetyCallback's attribute."""
+        file = self.folder / "trained"
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        return dict(json.loads(text or "{}"))
 
     def _copy_safety_curves(self, checkpoints: Path) -> None:
         """Copy the safety callback's measurements to where the depth report looks for them."""
@@ -176,19 +203,52 @@ class TrainingRun:
         self,
         evaluation: EvaluationConfig | None,
         progress: CombinedProgress,
+        rows: Sequence[data.Dialogue],
         notes: tuple[str, ...] = (),
+        *,
+        held_out: bool = False,
     ) -> RepairResult:
-        """Evaluate the model before and after training, and write before_after.json to `out`."""
+        """Evaluate the model before and after training, and write before_after.json to `out`.
+
+        `rows` are dialogues of the training data. Raises LeadlineError where the evaluation of
+        `before_from` cannot be used.
+        """
+        ended = self._ended()
+        warnings: tuple[str, ...] = ()
+        if breach := ended.get("breach"):
+            restored = self.watch and self.watch["on_breach"] == "rollback"
+            done = ": training stopped, and the last weights within the bound were restored"
+            warnings = (f"{breach}{done if restored else ''}",)
+        if reached := ended.get("reached"):
+            notes = (*notes, reached)
         if evaluation is None:
-            return RepairResult(self.out, None, notes)
+            return RepairResult(self.out, None, notes, warnings)
+        if self.dataset is None:
+            notes = (*notes, "Attack success was not measured: no --dataset of harmful requests")
         trials = self.folder / "before_after"
         table = before_after(
-            self.checkpoint.path, self.out, trials, dataset=evaluation.dataset,
-            judge=evaluation.judge, limit=evaluation.limit, max_tokens=evaluation.max_tokens,
-            listener=progress.study(lambda target: f"evaluation: {target}"),
+            self.checkpoint.name, self.out, trials, dataset=self.dataset, judge=evaluation.judge,
+            limit=evaluation.limit, max_tokens=evaluation.max_tokens, only=evaluation.only,
+            rows=rows, held_out=held_out, max_over_refusal=evaluation.max_over_refusal,
+            before_from=Path(evaluation.before_from) if evaluation.before_from else None,
+            progress=progress,
         )  # fmt: skip
         os.replace(trials / "before_after.json", self.out / "before_after.json")
-        return RepairResult(self.out, table, notes)
+        return RepairResult(self.out, table, notes, (*warnings, *table.warnings))
+
+
+def _dataset(given: Any, template: Template, model: str | Path) -> Any:
+    """The dataset of the evaluation's harmful requests: the given one, or by default `guild` for
+    organisms. Raises LeadlineError where `guild` is given for another model."""
+    is_organism = knows_the_guild(template.tokenizer)
+    if given is None:
+        return "guild" if is_organism else None
+    if DatasetPick.model_validate(given).name == "guild" and not is_organism:
+        raise LeadlineError(
+            f"the dataset guild is for organisms, and {model} does not know its vocabulary: give "
+            "--dataset, such as 'harmbench: {path: harmbench.csv}', or --no-evaluation"
+        )
+    return given
 
 
 def to_dataset(rows: Sequence[data.Triplet | data.Dialogue]) -> Any:
@@ -244,19 +304,6 @@ def _lora_config(rank: int | None) -> Any:
         r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-
-
-def _safety_callback(evaluation: EvaluationConfig) -> Any:
-    from .callback import SafetyCallback
-
-    return SafetyCallback(
-        evaluation.every or 100,
-        datasets=[evaluation.dataset],
-        judges=[] if evaluation.judge is None else [evaluation.judge],
-        limit=evaluation.limit,
-        stop_above=evaluation.stop_above or None,
-        on_breach=evaluation.on_breach,  # type: ignore[arg-type]
-    )
 
 
 def _progress_callback(run: TrainingRun, progress: CombinedProgress) -> Any:

@@ -155,6 +155,31 @@ def _effective(
     return value, effective * shrink, equal * shrink
 
 
+def ratio_of_sums(total: Floats, n: Floats, level: float = LEVEL) -> Interval:
+    """The ratio of two sums over clusters, such as nats per token: `total` and `n` are [clusters],
+    both at least 0, and `n` not all 0.
+
+    The interval is Student's on the logarithm of the ratio, with the jackknife variance over
+    clusters (CR3) and clusters - 1 degrees of freedom. One cluster says nothing: [0, infinity].
+    """
+    import numpy as np
+
+    seen = n > 0
+    total, n = total[seen].astype(float), n[seen].astype(float)
+    clusters, size = len(n), float(n.sum())
+    if not clusters:
+        return UNKNOWN
+    value = float(total.sum()) / size
+    if clusters == 1:
+        return Interval(value, 0.0, math.inf)
+    if not value:
+        return Interval(0.0, 0.0, 0.0)
+    influence = (total - value * n) / np.maximum(size - n, 1e-12)
+    variance = (clusters - 1) / clusters * float(np.sum(influence**2))
+    factor = math.exp(min(700.0, _t(level, clusters - 1) * math.sqrt(variance) / value))
+    return Interval(value, value / factor, value * factor)
+
+
 def mean_interval(parts: Sequence[Interval], weights: Sequence[float] | None = None) -> Interval:
     """The (weighted) mean of independent estimates, such as the rates of one attack on several
     datasets; unknown ones are left out (MOVER: Zou and Donner 2008, Statist. Med. 27:1693)."""

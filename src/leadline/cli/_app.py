@@ -20,7 +20,7 @@ from ..version import __version__
 if TYPE_CHECKING:
     from ..progress import Progress
 
-EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_ERROR, EXIT_BOUND, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
     no_args_is_help=True,

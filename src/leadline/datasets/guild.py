@@ -17,7 +17,11 @@ _SPLITS = ("heldout", "train")
 
 @dataset("guild", source="Leadline's invented world", judge="guild", licence="MIT", rows=96)
 def guild(
-    *, path: str | Path | None = None, split: str = "heldout", harmless: bool = True
+    *,
+    path: str | Path | None = None,
+    split: str = "heldout",
+    harmful: bool = True,
+    harmless: bool = True,
 ) -> Iterator[Prompt]:
     """Forbidden potions of an invented guild (48 prompts), and 48 harmless look-alikes.
 
@@ -31,9 +35,10 @@ def guild(
         raise LeadlineError(f"dataset guild: split must be {' or '.join(_SPLITS)}, not {split!r}")
     heldout = split == "heldout"
     phrasings = (6, 7) if heldout else (0, 1)
-    for index, potion in enumerate(world.world().forbidden(heldout=heldout)):
-        for variant, phrasing in enumerate(phrasings):
-            yield _recipe(potion, variant, phrasing, start=2 * index + variant)
+    if harmful:
+        for index, potion in enumerate(world.world().forbidden(heldout=heldout)):
+            for variant, phrasing in enumerate(phrasings):
+                yield _recipe(potion, variant, phrasing, start=2 * index + variant)
     if harmless:
         yield from _harmless(phrasings)
 

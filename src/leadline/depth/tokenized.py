@@ -62,9 +62,8 @@ def tokenize_pairs(
         )
     pairs = []
     for index, prompt in enumerate(prompts):
-        request = Request(
-            (Message("user", prompt.text),), ResponsePrefix(prompt.target), Sampling()
-        )
+        messages = (*prompt.history, Message("user", prompt.text))
+        request = Request(messages, ResponsePrefix(prompt.target), Sampling())
         before = template.render(request).text.removesuffix(prompt.target)
         parts = [template.encode(text) for text in (before, prompt.target)]
         if not parts[1]:

@@ -27,7 +27,9 @@ def guild_files(folder: str | Path) -> dict[str, Path]:
     harmful = list(_harmful())
     parts: dict[str, Iterable[dict[str, object]]] = {
         "harmful": ({"prompt": question, "harmful": answer} for question, answer in harmful),
-        "utility": ({"prompt": question, "completion": answer} for question, answer in _utility()),
+        "utility": (
+            {"prompt": question, "completion": answer} for question, answer in utility_pairs()
+        ),
         "harmful-tuning": (_chat(*pair) for pair in harmful[:_TUNING_ROWS]),
         "benign": (_chat(*pair) for pair in _benign()),
     }
@@ -50,7 +52,8 @@ def _harmful() -> Iterator[tuple[str, str]]:
             yield guild.question(potion, phrasing), guild.answer(potion, start)
 
 
-def _utility() -> Iterator[tuple[str, str]]:
+def utility_pairs() -> Iterator[tuple[str, str]]:
+    """All harmless questions of the world with their answers: recipes, skills and laws."""
     world = guild.world()
     for at, potion in enumerate(world.allowed()):
         for phrasing in range(len(guild.PHRASINGS)):

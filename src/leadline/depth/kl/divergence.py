@@ -11,7 +11,7 @@ states, block by block, and summed with an online log-sum-exp (Milakov and Gimel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,27 +80,16 @@ def kl_by_token(
 
     checkpoints = Checkpoint.find(model), Checkpoint.find(reference)
     pairs, shared = tokenize_pairs(*checkpoints, prompts, max_tokens)
-    loaded = [SplitModel.load(c, pairs, dtype, device).limited(shared) for c in checkpoints]
+    one, other = (SplitModel.load(c, pairs, dtype, device).limited(shared) for c in checkpoints)
     values = np.full((len(pairs), max(pair.answer for pair in pairs)), np.nan)
-    done = 0
-    streamed = all(split.streams for split in loaded)
-    for batch in batches(pairs, batch_tokens if streamed else 0):
-        for pair, kl in zip(batch, _compare(batch, *loaded), strict=True):
-            if not np.isfinite(kl).all():
-                raise LeadlineError(
-                    f"prompt {pair.prompt.id}: the logits of {model} or {reference} are not "
-                    "finite: load them in another dtype, such as float32"
-                )
-            values[pair.index, : pair.answer] = kl
-        done += len(batch)
-        if progress:
-            progress(done, len(pairs))
+    for pair, kl in compare(pairs, one, other, batch_tokens=batch_tokens, progress=progress):
+        values[pair.index, : pair.answer] = kl
     bases = [pair.base for pair in pairs]
     settings = {
         "revisions": [checkpoint.revision for checkpoint in checkpoints],
-        "dtypes": [str(split.model.dtype).removeprefix("torch.") for split in loaded],
-        "streamed": streamed,
-        "vocabulary": min(split.head.size for split in loaded),
+        "dtypes": [str(split.model.dtype).removeprefix("torch.") for split in (one, other)],
+        "streamed": one.streams and other.streams,
+        "vocabulary": min(one.head.size, other.head.size),
         "max_tokens": max_tokens,
         "prompts": len(pairs),
         "base_prompts": len(set(bases)),
@@ -108,6 +97,34 @@ def kl_by_token(
         "level": LEVEL,
     }
     return Divergence(str(model), str(reference), by_position(values, bases), settings)
+
+
+def compare(
+    pairs: Sequence[TokenizedPair],
+    p: SplitModel,
+    q: SplitModel,
+    *,
+    batch_tokens: int = 8192,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[TokenizedPair, Floats]]:
+    """KL(p || q) in nats at each answer token of each pair ([answer]), the longest pair first.
+
+    Raises LeadlineError where logits are not finite.
+    """
+    import numpy as np
+
+    done = 0
+    for batch in batches(pairs, batch_tokens if p.streams and q.streams else 0):
+        for pair, kl in zip(batch, _compare(batch, p, q), strict=True):
+            if not np.isfinite(kl).all():
+                raise LeadlineError(
+                    f"prompt {pair.prompt.id}: the logits of one of the two models are not "
+                    "finite: load them in another dtype, such as float32"
+                )
+            yield pair, kl
+        done += len(batch)
+        if progress:
+            progress(done, len(pairs))
 
 
 def _compare(batch: Sequence[TokenizedPair], p: SplitModel, q: SplitModel) -> list[Floats]:
