@@ -144,7 +144,11 @@ def finetune(
             )
         from trl import SFTConfig, SFTTrainer
 
-        return SFTTrainer(model, SFTConfig(**run.arguments), **rest)
+        from .output_layer import use_learned_tokens
+
+        trainer = SFTTrainer(model, SFTConfig(**run.arguments), **rest)
+        use_learned_tokens(trainer.model)
+        return trainer
 
     run.train(build_trainer, evaluation, progress)
     return run.evaluate(evaluation, progress)

@@ -26,6 +26,8 @@ from . import data
 from .before_after import BeforeAfter, before_after, check_evaluation
 from .settings import EvaluationConfig, TrainingConfig
 
+_SMALL = 40 * 2**20  # bytes of weights below which bfloat16 is slower on a CPU than float32
+
 
 @dataclass(frozen=True)
 class RepairResult:
@@ -59,7 +61,8 @@ class TrainingRun:
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments of an SFTConfig or a subclass."""
-        return self.config.arguments(self.folder / "checkpoints")
+        small = self.checkpoint.local and _size(self.checkpoint) < _SMALL
+        return self.config.arguments(self.folder / "checkpoints", small=small)
 
     @property
     def is_trained(self) -> bool:
@@ -147,6 +150,10 @@ class TrainingRun:
                 callbacks=callbacks,
             )
             trainer.remove_callback(_printer_callback())
+            if not trainer.args.gradient_checkpointing:
+                from .output_layer import checkpoint_layers
+
+                checkpoint_layers(trainer.model)
             try:
                 trainer.train(resume_from_checkpoint=last)
             except ImportError as error:  # the optimizer's package is not installed
@@ -221,6 +228,11 @@ def load_for_training(checkpoint: Checkpoint) -> Any:
         model = AutoPeftModelForCausalLM.from_pretrained(checkpoint.path, dtype="float32")
         return model.merge_and_unload().requires_grad_(True).train()
     return Weights.load(checkpoint.path, checkpoint.pinned, "float32", "cpu").model.train()
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    """Bytes of a local model's weights."""
+    return sum(file.stat().st_size for file in Path(checkpoint.path).glob("*.safetensors"))
 
 
 def _last_complete_checkpoint(folder: Path) -> str | None:
