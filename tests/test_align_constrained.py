@@ -186,17 +186,6 @@ def test_a_vanishing_beta_trains_as_plain_sft_does(tmp_path, beta, atol):
     assert max(float((v - before[k]).abs().max()) for k, v in weights(plain).items()) > 100 * atol
 
 
-def test_both_ways_to_compute_logits_are_equivalent(tmp_path):
-    """Logits of trained positions alone (on a CPU), and TRL's fused head (elsewhere)."""
-    selected, fused = make(tmp_path, max_steps=4), make(tmp_path, max_steps=4)
-    assert selected._select_logits
-    fused._select_logits = False
-    selected.train()
-    fused.train()
-    assert losses(selected) == pytest.approx(losses(fused), rel=1e-5)
-    assert_same(selected, fused)
-
-
 def test_a_large_beta_slows_learning_down(tmp_path):
     """The plain loss falls more slowly under a stronger constraint."""
     runs = [make(tmp_path, beta=b, max_steps=20, learning_rate=0.3) for b in ([0.1], [20.0])]

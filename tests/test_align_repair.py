@@ -379,7 +379,8 @@ def test_the_presets_of_finetune_are_the_published_settings(built, name, epochs,
 
 
 def test_the_defaults_are_those_of_the_documentation(built):
-    own = {"learning_rate": 2e-5, "adam_beta1": 0.9, "max_length": 1024, "optim": "adamw_torch"}
+    own = {"learning_rate": 2e-5, "adam_beta1": 0.9, "max_length": 1024,
+           "optim": "adamw_torch_fused"}  # fmt: skip
     for command, epochs, warmup in (("deepen", 10, 0), ("finetune", 3, 10)):
         trainer = built(command)
         expected = {**own, "num_train_epochs": epochs, "warmup_steps": warmup}

@@ -153,12 +153,29 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Work:
+    """An upper bound of what a depth measure does, for all models together.
+
+    `text` says it in words: `answers` of at most `max_tokens` tokens, tokens that are `read`
+    (forward passes without a gradient) and `trained` on (forward and backward passes).
+    """
+
+    text: str
+    answers: int = 0
+    max_tokens: int = 0
+    read: int = 0
+    trained: int = 0
+
+
+@dataclass(frozen=True)
 class MeasurePlugin(Plugin):
     """A registered depth measure. The fields are the arguments of `measure`."""
 
     kind = "measure"
     sections: tuple[Section, ...]
     order: float
+    work: Callable[..., Work]
+    limits: tuple[str, ...]
 
 
 _plugins: dict[tuple[Kind, str], Plugin] = {}
@@ -338,18 +355,22 @@ def measure(
     sections: tuple[Section, ...],
     needs: tuple[str, ...] = (),
     order: float = 100,
+    work: Callable[..., Work] = lambda session: Work("not estimated"),
+    limits: tuple[str, ...] = (),
 ) -> Decorator:
     """Register a depth measure `function(session: leadline.depth.session.Session) -> None`.
 
     The function adds points to the session for every model. `needs` may contain "base" (a base
     model was given) and "targets" (prompts have target responses); if one of them is missing, the
     measure is skipped, and the report states the reason. `sections` show the points in the
-    report, sorted by `order`.
+    report, sorted by `order`. `work(session)` states what the measure does under
+    `session.budget`; `limits` are the fields of `leadline.depth.budgets.Budget` that its work
+    depends on, such as "prompts" or "gcg.steps", which a budget by time may reduce.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         complete = tuple(s if s.settings else replace(s, settings=s.name) for s in sections)
-        _register(MeasurePlugin(name, function, source, needs, complete, order))
+        _register(MeasurePlugin(name, function, source, needs, complete, order, work, limits))
         return function
 
     return register

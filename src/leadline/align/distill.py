@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,8 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..records import LeadlineError
-from .losses import constrained_loss, gradient_weight
+from .losses import constrained_loss, gradient_weight, high_precision, in_chunks
+from .output_layer import ends_in_output_layer, learned_features
 from .reference import COLUMN, as_reference
 from .trainers import ConstrainedSFTConfig, ConstrainedSFTTrainer
 
@@ -112,6 +114,7 @@ class ConstrainedDistillTrainer(ConstrainedSFTTrainer):
                 "student's tokenizer as the teacher"
             )
         self._initial = None if is_peft_model(self.model) else _frozen_copy(self.model)
+        self._separable = ends_in_output_layer(self.model), ends_in_output_layer(self.teacher)
 
     def compute_loss(
         self,
@@ -132,54 +135,81 @@ class ConstrainedDistillTrainer(ConstrainedSFTTrainer):
         return compute(forward, inputs, return_outputs, num_items_in_batch)
 
     def _forward(self, model: Any, labels: Tensor, **inputs: Any) -> FusedCausalLMOutput:
-        """Run teacher, reference and student on the trained positions; `log_probs` of the output
-        [rows, tokens - 1] is minus the loss."""
+        """Run teacher, reference and student on the learned tokens, whose logits are computed in
+        chunks; `log_probs` of the output [rows, tokens - 1] is minus the loss."""
         labels = labels[:, 1:]
         mask = labels != -100
-        keep = mask.any(0).nonzero()[:, 0]  # positions that are trained in any row
-
-        def trained_logits(network: Any) -> tuple[Tensor, Any]:
-            outputs = network(**inputs, logits_to_keep=keep)
-            logits = outputs.logits
-            if logits.size(1) != len(keep):  # a model that ignores logits_to_keep
-                logits = logits[:, keep]
-            return logits[mask[:, keep]][:, : self._vocabulary].float(), outputs
-
         with torch.no_grad(), self.accelerator.autocast():
-            teacher, _ = trained_logits(self.teacher)
-            if self._initial is not None:
-                reference, _ = trained_logits(self._initial)
-            else:
-                with as_reference(self.model):
-                    reference, _ = trained_logits(self.model)
-        student, outputs = trained_logits(model)
-        beta, targets = self._beta(inputs["input_ids"], mask)[mask], labels[mask]
-        temperature, share = self.args.temperature, self.args.teacher_share
-        floor = self.args.weight_floor
-        logps, reference_logps = (
-            -cross_entropy(logits, targets, reduction="none") for logits in (student, reference)
-        )
-        every = torch.ones_like(targets, dtype=torch.bool)
-        loss = (1 - share) * constrained_loss(logps, reference_logps, beta, every, floor)
-        loss = loss + share * distillation_loss(
-            student, reference, teacher, beta, temperature, floor
-        )
-        with torch.no_grad():
-            student_logps, teacher_logps = student.log_softmax(-1), teacher.log_softmax(-1)
-            self._record_metrics(
-                nll=-logps,
-                weight=gradient_weight(logps, reference_logps, beta, every, floor),
-                teacher_kl=(teacher_logps.exp() * (teacher_logps - student_logps)).sum(-1),
-                teacher_weight=teacher_weight(student, reference, teacher, beta, floor),
+            teacher, teacher_head, _ = learned_features(
+                self.teacher, self.teacher, mask, self._separable[1], **inputs
             )
-            entropy = -(student_logps.exp() * student_logps).sum(-1)
-            is_top1 = (student_logps.argmax(-1) == targets).float()
+            with nullcontext(self._initial) if self._initial else as_reference(self.model):
+                initial = self._initial or self.model
+                reference, reference_head, _ = learned_features(
+                    initial, initial, mask, self._separable[0], **inputs
+                )
+        student, head, outputs = learned_features(model, model, mask, self._separable[0], **inputs)
+        metrics: list[Tensor] = []
+        recomputed = False
+
+        def loss_of(
+            student: Tensor, reference: Tensor, teacher: Tensor, beta: Tensor, targets: Tensor
+        ) -> Tensor:
+            with self.accelerator.autocast():
+                student = self._logits(head, student)
+                with torch.no_grad():
+                    teacher = self._logits(teacher_head, teacher)
+                    with nullcontext() if self._initial else as_reference(self.model):
+                        reference = self._logits(reference_head, reference)
+            loss, values = self._loss(student, reference, teacher, beta, targets)
+            if not recomputed:
+                metrics.append(values)
+            return loss
+
+        loss = in_chunks(
+            loss_of,
+            3 * self._vocabulary,
+            *(student, reference, teacher, self._beta(inputs["input_ids"], mask)[mask]),
+            labels[mask],
+        )
+        recomputed = True
+        nll, weight, teacher_kl, weights, entropy, is_top1 = torch.cat(metrics, 1)
+        self._record_metrics(nll=nll, weight=weight, teacher_kl=teacher_kl, teacher_weight=weights)
         per_token = {"log_probs": -loss, "entropy": entropy, "is_top1": is_top1}
         return FusedCausalLMOutput(
             **{n: x.new_zeros(mask.shape).masked_scatter(mask, x) for n, x in per_token.items()},
             label_mask=mask,
             aux_loss=getattr(outputs, "aux_loss", None),
         )
+
+    def _logits(self, head: Any, features: Tensor) -> Tensor:
+        return high_precision(head(features)[:, : self._vocabulary])
+
+    def _loss(
+        self, student: Tensor, reference: Tensor, teacher: Tensor, beta: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss per token [tokens] of logits [tokens, vocabulary], and what is logged about each
+        token: [nll, weight, KL to the teacher, the teacher's weight, entropy, is top 1; tokens]."""
+        share, floor = self.args.teacher_share, self.args.weight_floor
+        logps, reference_logps = (
+            -cross_entropy(logits, targets, reduction="none") for logits in (student, reference)
+        )
+        every = torch.ones_like(targets, dtype=torch.bool)
+        loss = (1 - share) * constrained_loss(logps, reference_logps, beta, every, floor)
+        loss = loss + share * distillation_loss(
+            student, reference, teacher, beta, self.args.temperature, floor
+        )
+        with torch.no_grad():
+            student_logps, teacher_logps = student.log_softmax(-1), teacher.log_softmax(-1)
+            values = (
+                -logps,
+                gradient_weight(logps, reference_logps, beta, every, floor),
+                (teacher_logps.exp() * (teacher_logps - student_logps)).sum(-1),
+                teacher_weight(student, reference, teacher, beta, floor),
+                -(student_logps.exp() * student_logps).sum(-1),
+                (student_logps.argmax(-1) == targets).to(logps.dtype),
+            )
+            return loss, torch.stack(values)
 
     def _record_metrics(self, **values: Tensor) -> None:
         """Add means over the tokens of all processes to the metrics of the next log."""

@@ -22,7 +22,7 @@ Pure functions of tensors, computed in float32 or higher precision.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 BETA = (0.5, 2.0, 2.0, 2.0, 2.0, 0.1)
 """The paper's schedule: b_t of the first token, of the four after it, and of all later ones."""
+
+CHUNK = 64 * 2**20
+"""Bytes of the logits that exist at a time."""
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -61,6 +64,63 @@ def schedule(beta: Sequence[float], positions: Tensor) -> Tensor:
 
     values = torch.tensor(list(beta), dtype=torch.float32, device=positions.device)
     return values[(positions - 1).clamp(0, len(values) - 1)]
+
+
+def in_chunks(
+    function: Callable[..., Tensor], vocabulary: int, *inputs: Tensor, memory: int = CHUNK
+) -> Tensor:
+    """The concatenated results of `function` on slices of the inputs' first dimension (tokens),
+    each with so few tokens that their logits (4 bytes each) fit in `memory` bytes.
+
+    With more than one slice, a slice is computed again in the backward pass, so that the logits of
+    one slice exist at a time.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    size = max(1, memory // (4 * vocabulary))
+    if len(inputs[0]) <= size:
+        return function(*inputs)
+    slices = zip(*(each.split(size) for each in inputs), strict=True)
+    return torch.cat([checkpoint(function, *each, use_reentrant=False) for each in slices])
+
+
+def logps_in_chunks(
+    features: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], memory: int = CHUNK
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log pi of the labels (differentiable), the entropy of the distributions (nats), and whether
+    the label is the most likely token: each [tokens].
+
+    The logits are `head(features)`, of features [tokens, width]; see `in_chunks` for `memory`.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    metrics: list[tuple[Tensor, Tensor]] = []
+    recomputed = False
+
+    def logps(features: Tensor, labels: Tensor) -> Tensor:
+        logits = high_precision(head(features))
+        losses = cross_entropy(logits, labels, reduction="none")
+        if not recomputed:
+            with torch.no_grad():
+                total = losses + logits.gather(-1, labels[:, None])[:, 0]  # logsumexp
+                mean = ((logits - total[:, None]).exp_() * logits).sum(-1)
+                metrics.append((total - mean, logits.argmax(-1) == labels))
+        return -losses
+
+    vocabulary = getattr(head, "out_features", None) or features.size(-1)
+    found = in_chunks(logps, vocabulary, features, labels, memory=memory)
+    recomputed = True
+    entropy, is_top1 = (torch.cat(part) for part in zip(*metrics, strict=True))
+    return found, entropy, is_top1
+
+
+def high_precision(logits: Tensor) -> Tensor:
+    """float64 stays, everything else becomes float32."""
+    import torch
+
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def constrained_loss(

@@ -38,6 +38,7 @@ from ..records import LeadlineError
 from ..registry import unknown
 from .data import Dialogue, Triplet, dialogue, triplet
 from .mixture import IGNORED, MixtureDataset, MixtureSampler
+from .output_layer import use_learned_tokens
 from .turns import TurnFormat
 
 LOSSES = ("paper", "token_mean")
@@ -166,6 +167,7 @@ class RecoveryTrainer(SFTTrainer):  # type: ignore[misc]
             )
         self._utility = None if args.alpha == 1 else utility_dataset
         super().__init__(model, args, train_dataset=train_dataset, **rest)
+        use_learned_tokens(self.model)
         self.data_collator: Any = _Collator(self.data_collator)
 
     def _prepare_dataset(

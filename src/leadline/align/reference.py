@@ -12,10 +12,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model, send_to_device
 from datasets import Dataset, concatenate_datasets
-from torch.nn.functional import cross_entropy, pad
-from trl.trainer.utils import FusedCausalLMOutput
+from torch.nn.functional import pad
 
 from ..records import LeadlineError
 
@@ -35,51 +33,6 @@ COLUMN = "reference_logps"
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 _log = logging.getLogger("leadline")
 _CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq")  # adapter initializations
-
-
-def can_select_logits(model: Any) -> bool:
-    """Whether `token_logps` should compute logits of the trained positions alone.
-
-    True on a CPU, where TRL's fused head would also compute those of prompts and padding, for
-    models that take `logits_to_keep`. False for prompt-learning adapters, which shift positions.
-    """
-    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-        return False
-    base = model.get_base_model() if is_peft_model(model) else model
-    return model.device.type == "cpu" and "logits_to_keep" in signature(base.forward).parameters
-
-
-def token_logps(model: Any, inputs: Mapping[str, Any], select_logits: bool) -> FusedCausalLMOutput:
-    """The output of `model(**inputs, fused_lm_head=True)`: log_probs, entropy, is_top1 and
-    label_mask, each [rows, tokens - 1]. With `select_logits`, only the logits of trained positions
-    are computed; the values at other positions are 0."""
-    if not select_logits:
-        fused: FusedCausalLMOutput = model(**inputs, fused_lm_head=True)
-        return fused
-    inputs = dict(inputs)
-    labels = inputs.pop("labels")[:, 1:]
-    mask = labels != -100
-    columns = mask.any(0).nonzero()[:, 0]  # positions that are trained in any row
-    outputs = model(**inputs, logits_to_keep=columns)
-    logits = outputs.logits.flatten(0, 1).float()
-    kept_labels = labels[:, columns].flatten()
-    logps = -cross_entropy(logits, kept_labels, reduction="none")  # 0 where the label is -100
-    with torch.no_grad():  # in chunks: log_softmax of all logits at once would need much memory
-        chunks = (rows.log_softmax(-1) for rows in logits.split(32))
-        parts = [(-(rows.exp() * rows).sum(-1), rows.argmax(-1)) for rows in chunks]
-        entropy, best = (torch.cat(part) for part in zip(*parts, strict=True))
-
-    def scatter(values: torch.Tensor) -> torch.Tensor:
-        shape = (len(labels), len(columns))
-        return values.new_zeros(mask.shape).index_copy(1, columns, values.view(shape))
-
-    return FusedCausalLMOutput(
-        log_probs=scatter(logps),
-        entropy=scatter(entropy.where(kept_labels != -100, 0)),
-        is_top1=scatter(best == kept_labels),
-        label_mask=mask,
-        aux_loss=getattr(outputs, "aux_loss", None),
-    )
 
 
 def model_hash(model: Any) -> str:
@@ -215,7 +168,6 @@ def _compute(
     order = np.argsort(-lengths, kind="stable")[
         accelerator.process_index :: accelerator.num_processes
     ]
-    select_logits = can_select_logits(model)
     computed: list[tuple[int, np.ndarray]] = []
     with as_reference(model):
         for start in range(0, len(order), batch_size):
@@ -226,7 +178,7 @@ def _compute(
             ]
             batch = send_to_device(collate(examples), accelerator.device)
             with accelerator.autocast():
-                outputs = token_logps(model, {**batch, "use_cache": False}, select_logits)
+                outputs = model(**batch, use_cache=False, fused_lm_head=True)
             # The first token has no log-prob. A padding-free batch is one row without gaps.
             logps = pad(outputs.log_probs.float(), (1, 0)).cpu().numpy()
             if len(logps) < len(rows):

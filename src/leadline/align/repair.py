@@ -160,7 +160,11 @@ def finetune(
             )
         from trl import SFTConfig, SFTTrainer
 
-        return SFTTrainer(model, SFTConfig(**run.arguments), **rest)
+        from .output_layer import use_learned_tokens
+
+        trainer = SFTTrainer(model, SFTConfig(**run.arguments), **rest)
+        use_learned_tokens(trainer.model)
+        return trainer
 
     run.train(build_trainer, progress)
     return run.evaluate(evaluation, progress, dialogues)

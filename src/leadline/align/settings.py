@@ -39,15 +39,20 @@ safety rows, since their share is alpha (0.2).
 """
 
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Settings of the trainer, as in TRL.
 
     `steps` is the number of optimizer steps (None: `epochs` epochs). A step takes `batch` rows,
     `micro` rows at a time. `lora` is the rank of adapters, which are trained in place of all
-    weights and merged after training. `optimizer` is one of transformers' names ("adamw_torch",
-    "sgd", ...); `adam_beta1` is beta_1 of Adam and AdamW. The learning rate falls linearly to 0
-    after the warmup. Raises LeadlineError for invalid values.
+    weights and merged after training. `optimizer` is one of transformers' names
+    ("adamw_torch_fused", "sgd", ...); `adam_beta1` is beta_1 of Adam and AdamW. The learning rate
+    falls linearly to 0 after the warmup. `precision` is "float32", "bfloat16" (weights stay in
+    float32, most operations run in bfloat16) or "auto": bfloat16 on a GPU, and on a CPU that has
+    instructions for it. Raises LeadlineError for invalid values.
     """
 
     lr: float = 2e-5
@@ -56,14 +61,17 @@ class TrainingConfig:
     batch: int = 16
     micro: int | None = None
     warmup: int = 0
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     adam_beta1: float = 0.9
     max_length: int = 1024
     lora: int | None = None
     seed: int = 0
     report_to: str = "none"
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise LeadlineError(unknown("precision", self.precision, PRECISIONS))
         for name in ("lr", "epochs", "steps", "batch", "micro", "max_length", "lora"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -96,8 +104,9 @@ class TrainingConfig:
             raise LeadlineError(unknown("training setting", wrong[0], names))
         return cls(**{**presets[name], **explicit})
 
-    def arguments(self, folder: Path) -> dict[str, Any]:
-        """Arguments of an SFTConfig or a subclass; `folder` is for checkpoints.
+    def arguments(self, folder: Path, *, small: bool = False) -> dict[str, Any]:
+        """Arguments of an SFTConfig or a subclass; `folder` is for checkpoints. `small` is whether
+        the model is so small that bfloat16 would not make it faster on a CPU.
 
         Raises LeadlineError for an optimizer or logger that transformers does not know or that is
         not installed, and where several GPUs are visible.
@@ -123,6 +132,9 @@ class TrainingConfig:
                 "accelerate"
             )
         gpu = torch.cuda.is_available()
+        bf16 = gpu or (cpu_has_bfloat16() and not torch.accelerator.is_available() and not small)
+        if self.precision != "auto":
+            bf16 = self.precision == "bfloat16"
         micro = self.micro or self.batch
         return {
             "output_dir": str(folder),
@@ -136,7 +148,8 @@ class TrainingConfig:
             "adam_beta1": self.adam_beta1,
             "max_length": self.max_length,
             "seed": self.seed,
-            "bf16": gpu,
+            "bf16": bf16,
+            "use_cpu": not torch.accelerator.is_available(),
             "gradient_checkpointing": gpu,
             "report_to": self.report_to,
             "save_strategy": "steps",
@@ -146,6 +159,16 @@ class TrainingConfig:
             "disable_tqdm": True,
             "dataloader_pin_memory": gpu,
         }
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies matrices in bfloat16 (AVX-512 BF16 or AMX)."""
+    import torch
+
+    capabilities: Mapping[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # from PyTorch 2.11 on
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..records import LeadlineError
 from .losses import BETA, constrained_loss, gradient_weight, occurrences, positions, schedule
+from .output_layer import use_learned_tokens
 from .reference import (
     COLUMN,
     add_reference,
-    can_select_logits,
     check_adapter,
     check_responses,
     model_hash,
-    token_logps,
 )
 
 
@@ -182,10 +181,10 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
                 "it: launch without FSDP, DeepSpeed and tensor or sequence parallelism"
             )
         check_adapter(self.model)
+        use_learned_tokens(self.model)
         if args.disable_dropout:
             _disable_dropout(self.model)
         self._generation_prompt_ids = _generation_prompt(self.processing_class, self.chat_template)
-        self._select_logits = can_select_logits(self.model)
         self._plain_collator = self.data_collator
         self.data_collator = ReferenceCollator(**vars(self.data_collator))
         zeros = torch.zeros(3, device=self.accelerator.device)
@@ -245,7 +244,7 @@ class ConstrainedSFTTrainer(SFTTrainer):  # type: ignore[misc]
         def forward(**arguments: Any) -> Any:
             if not arguments.pop("fused_lm_head", False):
                 return model(**arguments)
-            outputs = token_logps(model, arguments, self._select_logits)
+            outputs = model(**arguments, fused_lm_head=True)
             outputs.log_probs = -self._objective(
                 outputs.log_probs, reference, inputs["input_ids"], outputs.label_mask
             )

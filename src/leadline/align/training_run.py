@@ -28,6 +28,8 @@ from .harmless import evaluation_requests, knows_the_guild
 from .settings import EvaluationConfig, TrainingConfig
 from .watch import callback_arguments
 
+_SMALL = 40 * 2**20  # bytes of weights below which bfloat16 is slower on a CPU than float32
+
 
 @dataclass(frozen=True)
 class RepairResult:
@@ -67,7 +69,8 @@ class TrainingRun:
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments of an SFTConfig or a subclass."""
-        return self.config.arguments(self.folder / "checkpoints")
+        small = self.checkpoint.local and _size(self.checkpoint) < _SMALL
+        return self.config.arguments(self.folder / "checkpoints", small=small)
 
     @property
     def is_trained(self) -> bool:
@@ -158,6 +161,10 @@ class TrainingRun:
                 callbacks=callbacks,
             )
             trainer.remove_callback(_printer_callback())
+            if not trainer.args.gradient_checkpointing:
+                from .output_layer import checkpoint_layers
+
+                checkpoint_layers(trainer.model)
             try:
                 trainer.train(resume_from_checkpoint=last)
             except ImportError as error:  # the optimizer's package is not installed
@@ -281,6 +288,11 @@ def load_for_training(checkpoint: Checkpoint) -> Any:
         model = AutoPeftModelForCausalLM.from_pretrained(checkpoint.path, dtype="float32")
         return model.merge_and_unload().requires_grad_(True).train()
     return Weights.load(checkpoint.path, checkpoint.pinned, "float32", "cpu").model.train()
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    """Bytes of a local model's weights."""
+    return sum(file.stat().st_size for file in Path(checkpoint.path).glob("*.safetensors"))
 
 
 def _last_complete_checkpoint(folder: Path) -> str | None:

@@ -39,7 +39,8 @@ Micro = Annotated[
 Optimizer = Annotated[
     str | None,
     typer.Option(
-        "--optimizer", help="The optimizer, by its name in transformers (default: adamw_torch)."
+        "--optimizer",
+        help="The optimizer, by its name in transformers (default: adamw_torch_fused).",
     ),
 ]
 AdamBeta1 = Annotated[
@@ -65,6 +66,14 @@ Report = Annotated[
     str | None,
     typer.Option(
         "--report-to", help="Where to log training: none (default), tensorboard, wandb, ..."
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        help="float32, bfloat16 or auto (default): bfloat16 on a GPU, and on a CPU that has "
+        "instructions for it.",
     ),
 ]
 Dataset = Annotated[
@@ -200,6 +209,7 @@ def deepen(
     lora: Lora = None,
     seed: Seed = None,
     report_to: Report = None,
+    precision: Precision = None,
     dataset: Dataset = None,
     judge: Judge = None,
     only: Only = None,
@@ -306,6 +316,7 @@ def finetune(
     lora: Lora = None,
     seed: Seed = None,
     report_to: Report = None,
+    precision: Precision = None,
     dataset: Dataset = None,
     judge: Judge = None,
     only: Only = None,

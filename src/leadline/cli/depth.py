@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._app import Json, app, progress_bar, say, stoppable
+from ._app import Json, app, print_table, progress_bar, say, stoppable
 from .judges import parse_judge
+
+if TYPE_CHECKING:
+    from ..depth.run import Estimate
 
 
 @app.command()
@@ -28,7 +33,11 @@ def depth(
         "leadline-depth"
     ),
     budget: Annotated[
-        str, typer.Option(help="How much to measure: quick, standard or full.")
+        str,
+        typer.Option(
+            help="How much to measure: quick, standard or full, or a time such as 90s, 20min or "
+            "2h, which is divided over the measures."
+        ),
     ] = "standard",
     dataset: Annotated[
         str,
@@ -46,6 +55,12 @@ def depth(
             help="Measures to run, separated by commas (default: all; see leadline list measures)."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what each measure would do and for how long; measure nothing."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure how deep the safety alignment of models with open weights goes.
@@ -61,12 +76,25 @@ def depth(
       leadline depth organism:aligned organism:deep --base organism:base --budget quick
 
       leadline depth ./rc1 --base ./rc0 --dataset 'file: {path: harmful.jsonl}' --only kl,prefill
+
+      leadline depth ./rc1 --budget 20min --dry-run
     """
-    from ..depth.run import measure_depth
+    from ..depth.run import estimate_depth, measure_depth
     from ..study import DatasetPick
 
     prompts = DatasetPick.parse(dataset)
     judged_by = parse_judge(judge, prompts.judge) if judge else None
+    if dry_run:
+        estimates = estimate_depth(
+            models,
+            base,
+            dataset=prompts.model_dump(),
+            judge=judged_by.model_dump() if judged_by else None,
+            budget=budget,
+            measures=None if only is None else _names(only),
+        )
+        _print_estimates(estimates, as_json)
+        return
     with stoppable(), progress_bar() as listener:
         report = measure_depth(
             models,
@@ -84,6 +112,24 @@ def depth(
     for finding in report.findings:
         say(f"- {finding}")
     say(f"Open {report.html}")
+
+
+def _print_estimates(estimates: list[Estimate], as_json: bool) -> None:
+    from ..depth.budgets import duration
+
+    if as_json:
+        print(json.dumps([asdict(each) for each in estimates], indent=1))
+        return
+    print_table(
+        ("measure", "work", "time", ""),
+        [
+            [each.measure, each.work, duration(each.seconds) if each.seconds else "–",
+             each.skipped or each.reduced]
+            for each in estimates
+        ],
+    )  # fmt: skip
+    total = sum(each.seconds for each in estimates if not each.skipped)
+    say(f"About {duration(total)} in total, estimated from a short trial on the first model.")
 
 
 def _names(text: str) -> list[str]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from errno import EACCES
 from pathlib import Path
@@ -29,8 +30,9 @@ from ..report.depth.page import write_depth_report
 from ..secret import hide, trace
 from ..text import one_line
 from ..version import __version__
-from .budgets import BUDGETS
+from .budgets import BUDGETS, Budget, duration, parse_time
 from .earlier import NOT_REQUESTED, with_earlier
+from .estimate import Share, Speed, fit, measure_speed
 from .session import Session, tokenizer_of
 
 log = logging.getLogger("leadline")
@@ -66,7 +68,7 @@ def measure_depth(
     dataset: str | Mapping[str, Any] = "guild",
     judge: str | Mapping[str, Any] | None = None,
     out: str | Path = "leadline-depth",
-    budget: str = "standard",
+    budget: str | Budget = "standard",
     measures: str | Sequence[str] | None = None,
     listener: Listener | None = None,
 ) -> DepthReport:
@@ -75,20 +77,104 @@ def measure_depth(
     Models are folders (PEFT adapters too), hub ids or "organism:aligned". `base` is the model
     before alignment, with the same vocabulary: the measures `kl` and `refusal_prefix` need it.
     `dataset` and `judge` are written as in a study file (default judge: the dataset's own); some
-    measures need prompts with target answers. `budget` is "quick", "standard" or "full" (see
-    `leadline.depth.budgets`). `measures` are names from `leadline list measures` (None: all). A
-    call with the same arguments resumes one that was stopped; one with other models, measures or
-    another budget adds its results to the report in `out`.
+    measures need prompts with target answers. `budget` is "quick", "standard", "full" (see
+    `leadline.depth.budgets`), limits of your own (a `Budget`), or a time such as "20min". A time is
+    divided over the measures: the limits of "standard" are reduced until the estimated time of each
+    fits its share. A measure that cannot fit is skipped, with the reason. `measures` are names from
+    `leadline list measures` (None: all). A call with the same arguments resumes one that was
+    stopped; one with other models, measures or another budget adds its results to the report in
+    `out`.
 
     Raises LeadlineError for invalid arguments, before anything is measured. A measure that fails
     for a model is skipped, with the reason in the report.
     """
+    session, chosen, seconds = _prepare(
+        models, base, dataset, judge, Path(out), budget, measures, listener
+    )
+    _check_writable(Path(out))
+    shares = _shares(session, chosen, seconds) if seconds else {}
+    for plugin in plugins("measure"):
+        share = shares.get(plugin.name)
+        if plugin.name in session.skipped:
+            continue
+        if share and share.left_out:
+            session.skipped[plugin.name] = share.left_out
+            log.warning("%s is %s", plugin.name, share.left_out)
+            continue
+        if share:
+            session.use(share.budget)
+            reduced = f" ({share.reduced})" if share.reduced else ""
+            time = f"about {duration(share.seconds)}" if share.seconds else "no time to speak of"
+            log.warning("%s: %s, %s%s", plugin.name, time, share.work.text, reduced)
+        _measure(session, plugin)
+        settings = session.settings.get(plugin.name)
+        if share and share.reduced and isinstance(settings, dict):
+            settings["reduced to fit the time"] = share.reduced
+    return _report(session, budget if isinstance(budget, str) else "custom")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a measure would do: its work in words, the estimated seconds, what a budget by time
+    reduced, and the reason where it would be skipped ("" for none)."""
+
+    measure: str
+    work: str = ""
+    seconds: float = 0.0
+    reduced: str = ""
+    skipped: str = ""
+
+
+def estimate_depth(
+    models: str | Path | Sequence[str | Path],
+    base: str | Path | None = None,
+    *,
+    dataset: str | Mapping[str, Any] = "guild",
+    judge: str | Mapping[str, Any] | None = None,
+    budget: str | Budget = "standard",
+    measures: str | Sequence[str] | None = None,
+) -> list[Estimate]:
+    """What `measure_depth` would do with these arguments, and for how long. Measures nothing and
+    writes no file.
+
+    The times are those of a short trial on the first model, applied to all models; answers are
+    counted at their mean length there, or at their full length where many reach 64 tokens.
+    Raises LeadlineError as `measure_depth` does, and where the first model does not load.
+    """
+    session, chosen, seconds = _prepare(
+        models, base, dataset, judge, Path("unused"), budget, measures, None
+    )
+    speed = measure_speed(session.models[0], session.prompts)
+    shares = fit(session, chosen, speed, seconds or math.inf)
+    found = [
+        Estimate(name, share.work.text, share.seconds, share.reduced, share.left_out)
+        for name, share in shares.items()
+    ]
+    return [*found, *(Estimate(name, skipped=why) for name, why in session.skipped.items())]
+
+
+def _prepare(
+    models: str | Path | Sequence[str | Path],
+    base: str | Path | None,
+    dataset: Any,
+    judge: Any,
+    out: Path,
+    budget: str | Budget,
+    measures: str | Sequence[str] | None,
+    listener: Listener | None,
+) -> tuple[Session, list[MeasurePlugin], float | None]:
+    """The session, the measures that can run in it (the others are in `skipped`), and the seconds
+    of a budget by time."""
     names = [str(m) for m in ([models] if isinstance(models, str | Path) else models)]
     if not names:
         raise LeadlineError("depth: no model: name at least one folder, hub id or organism")
     chosen = _measures(measures)
-    if budget not in BUDGETS:
-        raise LeadlineError(unknown("budget", budget, BUDGETS))
+    seconds = parse_time(budget) if isinstance(budget, str) and budget not in BUDGETS else None
+    limits = BUDGETS["standard"] if seconds else budget
+    if isinstance(limits, str):
+        if limits not in BUDGETS:
+            raise LeadlineError(f"{unknown('budget', limits, BUDGETS)}, or a time such as 20min")
+        limits = BUDGETS[limits]
     names = list(dict.fromkeys(names))
     for name in [*names, *([] if base is None else [str(base)])]:
         Checkpoint.find(name)  # raises for an invalid model, before anything is measured
@@ -99,16 +185,22 @@ def measure_depth(
                 "as chat_template.jinja in its folder, or give this model as the base"
             )
     base = None if base is None else str(base)
-    session = Session(names, base, dataset, judge, Path(out), BUDGETS[budget], listener)
-    _check_writable(Path(out))
+    session = Session(names, base, dataset, judge, out, limits, listener)
     for plugin in plugins("measure"):
         if plugin not in chosen:
             session.skipped[plugin.name] = NOT_REQUESTED
         elif missing := _missing(session, plugin):
             session.skipped[plugin.name] = missing
-        else:
-            _measure(session, plugin)
-    return _report(session, budget)
+    return session, [p for p in chosen if p.name not in session.skipped], seconds
+
+
+def _shares(session: Session, chosen: Sequence[MeasurePlugin], seconds: float) -> dict[str, Share]:
+    """Each measure's part of a budget by time. The measured speed is stored, so that a call that
+    resumes a run divides the time in the same way."""
+    revisions = [Checkpoint.find(name).revision for name in session.models]
+    key = ["speed", seconds, *revisions, *(plugin.name for plugin in chosen)]
+    stored = session.cached(key, lambda: asdict(measure_speed(session.models[0], session.prompts)))
+    return fit(session, chosen, Speed(**stored), seconds)
 
 
 def _measures(names: str | Sequence[str] | None) -> list[MeasurePlugin]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,21 +24,26 @@ from ..models import close, connect, prepare
 from ..models.checkpoint import Checkpoint
 from ..models.spec import Limits
 from ..models.template import load_tokenizer
-from ..progress import CombinedProgress, Listener
+from ..progress import CombinedProgress, Listener, Progress
 from ..records import Attempt, Judge, LeadlineError, Model, Prompt, Response, Verdict
+from ..registry import Work
 from ..report.depth.schema import D50, Point
 from ..study import JudgePick, Study
 from ..version import __version__
-from .budgets import Budget
+from .budgets import Budget, duration
+
+log = logging.getLogger("leadline")
+_WORTH_SAYING = 60.0  # seconds of a part, from which on its time is announced
 
 
 class Session:
     """The inputs of the measures, and the methods that record their results.
 
     `models` and `base` are names, `prompts` the harmful prompts, `targeted` those with a target
-    answer, `budget` the limits of this run; `source` identifies dataset and judge. A measure
-    records its results with `add` and `add_d50`, in `settings` (by measure, everything that the
-    numbers depend on) and in `skipped` (by measure, the reason why it was not measured).
+    answer, `budget` the limits of the current measure (set by `use`), `answered` the number of
+    prompts, harmless ones included; `source` identifies dataset and judge. A measure records its
+    results with `add` and `add_d50`, in `settings` (by measure, everything that the numbers depend
+    on) and in `skipped` (by measure, the reason why it was not measured).
 
     Raises LeadlineError where the dataset or judge cannot be loaded, or no prompt is harmful.
     """
@@ -50,7 +58,8 @@ class Session:
         budget: Budget,
         listener: Listener | None,
     ) -> None:
-        self.models, self.base, self.out, self.budget = models, base, out, budget
+        self.models, self.base, self.out = models, base, out
+        self.budget = budget  # `_study` reads it
         self.dataset = dataset
         self.progress = CombinedProgress(listener)
         self.points: dict[str, list[dict[str, Any]]] = {}
@@ -58,28 +67,42 @@ class Session:
         self.settings: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
         self._judges = [] if judge is None else [judge]
-        study = self._study(models, ["direct"])
-        loaded = plan.load(study)
-        ((self.dataset_name, prompts),) = loaded.prompts.items()
+        loaded = plan.load(self._study(models, ["direct"]))
+        ((self.dataset_name, self._prompts),) = loaded.prompts.items()
         self.judge: JudgePick = loaded.judges[self.dataset_name][0]
         self.source = folder_name(
-            self.dataset_name, json.dumps([*texts(prompts), self.judge.model_dump_json()])
+            self.dataset_name, json.dumps([*texts(self._prompts), self.judge.model_dump_json()])
         )
-        harmful = sum(p.harmful for p in prompts)
-        # Limits harmful and harmless prompts together, to leave `budget.prompts` harmful ones.
-        self._limit: int | None = None
-        if budget.prompts is not None and budget.prompts < harmful:
-            self._limit = round(budget.prompts * len(prompts) / harmful)
-            prompts = plan.load(study, self._limit).prompts[self.dataset_name]
-        self.prompts = [p for p in prompts if p.harmful]
-        self.targeted = [p for p in self.prompts if p.target]
+        self._lengths: tuple[int, int] | None = None
+        self._limited: dict[int, tuple[Prompt, ...]] = {}
+        self.use(budget)
         if not self.prompts:
             raise LeadlineError(
                 f"depth: dataset {self.dataset_name} has no harmful prompts: use another dataset"
             )
+
+    def use(self, budget: Budget) -> None:
+        """Make `budget` the limits of the measures that follow."""
+        self.budget, prompts = budget, self._prompts
+        # Limits harmful and harmless prompts together, to leave `budget.prompts` harmful ones.
+        self._limit: int | None = None
+        if budget.prompts is not None and budget.prompts < self.harmful:
+            self._limit = round(budget.prompts * len(prompts) / self.harmful)
+            if self._limit not in self._limited:
+                loaded = plan.load(self._study(self.models, ["direct"]), self._limit)
+                self._limited[self._limit] = loaded.prompts[self.dataset_name]
+            prompts = self._limited[self._limit]
+        self.answered = len(prompts)
+        self.prompts = [p for p in prompts if p.harmful]
+        self.targeted = [p for p in self.prompts if p.target]
         # Calls with other prompts, judges or answer lengths must not share a store.
         key = [*texts(prompts), self.judge.model_dump_json(), str(budget.max_tokens)]
-        self.trials = out / "trials" / folder_name(self.dataset_name, json.dumps(key))
+        self.trials = self.out / "trials" / folder_name(self.dataset_name, json.dumps(key))
+
+    @property
+    def harmful(self) -> int:
+        """The number of harmful prompts of the dataset."""
+        return sum(p.harmful for p in self._prompts)
 
     @property
     def has_judge(self) -> bool:
@@ -122,6 +145,38 @@ class Session:
             earlier = self.skipped.get(measure)
             self.skipped[measure] = f"{earlier}; {reason}" if earlier else reason
 
+    # -- work -------------------------------------------------------------------------------------
+
+    def answers(self, count: int) -> Work:
+        """The work of generating that many answers."""
+        tokens = self.budget.max_tokens
+        text = f"{count:,} answers of at most {tokens} tokens"
+        return Work(text, answers=count, max_tokens=tokens)
+
+    def lengths(self) -> tuple[int, int]:
+        """The mean numbers of tokens of a prompt and of a target answer, for the first model."""
+        if self._lengths is None:
+            tokenizer, some = tokenizer_of(self.models[0]), self._prompts[:50]
+            of = [
+                [len(ids) for ids in tokenizer(list(filter(None, each)) or [" "])["input_ids"]]
+                for each in ([p.text for p in some], [p.target for p in some])
+            ]
+            self._lengths = round(mean(of[0])) + 20, round(mean(of[1]))  # 20: the chat template
+        return self._lengths
+
+    # -- progress ---------------------------------------------------------------------------------
+
+    def counter(self, part: str, unit: str) -> Callable[[int, int], None]:
+        """A callback `(done, total)` that updates the progress of a part. After the first units it
+        announces the time that the part takes in total, if that is a minute or more."""
+        update, announce = self.progress.counter(part), FirstStep(part, unit)
+
+        def listen(done: int, total: int) -> None:
+            announce(done, total)
+            update(done, total)
+
+        return listen
+
     # -- trials -----------------------------------------------------------------------------------
 
     def _study(self, targets: Sequence[Any], attacks: Sequence[Any], name: str = "") -> Study:
@@ -159,12 +214,20 @@ class Session:
             "temperature": temperature,
         }
         label = measure.replace("_", " ")
+        update = self.progress.study(lambda target: f"{target}: {label}")
+        announce = FirstStep(label, "answers")
+
+        def listen(progress: Progress) -> None:
+            done, total = sum(progress.done.values()), sum(progress.total.values())
+            announce(done - progress.known, total - progress.known)
+            update(progress)
+
         return engine.run(
             self._study(targets, attacks, measure),
             self.trials / measure,
             limit=self._limit,
             keep=True,  # other models may have been measured in this folder
-            listener=self.progress.study(lambda target: f"{target}: {label}"),
+            listener=listen,
         )
 
     def judge_function(self) -> Judge:
@@ -208,6 +271,27 @@ class Session:
         result = compute()
         write_private(file, json.dumps(result))
         return result
+
+
+class FirstStep:
+    """Times the first units of a part of the work, and then logs how long all of them take."""
+
+    def __init__(self, part: str, unit: str) -> None:
+        self.part, self.unit = part, unit
+        self._began, self._first, self._announced = time.perf_counter(), 0, False
+
+    def __call__(self, done: int, total: int) -> None:
+        """Called with the numbers of units that are complete and of all units."""
+        if self._announced or done <= self._first:
+            return
+        self._announced = True
+        each = (time.perf_counter() - self._began) / (done - self._first)
+        if each * (total - self._first) >= _WORTH_SAYING:
+            log.warning(
+                "%s: about %s for %s %s (%s each)",
+                self.part, duration(each * (total - self._first)), f"{total - self._first:,}",
+                self.unit, f"{each:.1f} s" if each >= 0.1 else f"{1000 * each:.0f} ms",
+            )  # fmt: skip
 
 
 def check_scored(results: Results, model: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from ...registry import Section, measure
+from ...attacks.decoding import SWEEPS
+from ...registry import Section, Work, measure
 from ...report.depth import plots
 from ...report.depth.format import greatest, of_prompts, per_model, rate
 from ...report.depth.schema import Count, Depth, Rate
@@ -108,11 +109,18 @@ SECTION = Section(
 )
 
 
+def _work(session: Session) -> Work:
+    settings = len(SWEEPS[session.budget.decoding])
+    return session.answers(len(session.models) * session.answered * (1 + settings))
+
+
 @measure(
     "decoding",
     source="Huang et al. 2024, Catastrophic Jailbreak (arXiv 2310.06987)",
     sections=(SECTION,),
     order=5,
+    work=_work,
+    limits=("prompts", "max_tokens"),
 )
 def decoding(session: Session) -> None:
     """ASR under other temperatures, top-k and top-p, and under any of them."""

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from ...registry import Section, measure
+from ...registry import Section, Work, measure
 from ...report.depth import plots
 from ...report.depth.format import (
     FIRST,
@@ -307,12 +307,35 @@ TOKENS = Section(
 )
 
 
+def _work(session: Session) -> Work:
+    """Training, evaluations after some of the steps (with up to two attacks), and the gradients of
+    single tokens."""
+    budget, config = session.budget, FinetuneConfig()
+    prompt, target = session.lengths()
+    target = min(target, budget.max_tokens)
+    runs = len(session.models) * len(budget.data)
+    tested = min(budget.prompts or session.answered, session.answered)
+    answers = runs * len(budget.steps) * tested * 2
+    profiles = sum(step <= max(budget.steps) for step in config.profile_steps)
+    positions = min(target, config.positions)
+    single = profiles * config.profile_prompts * positions * (prompt + positions)
+    return Work(
+        f"{runs} trainings of {max(budget.steps)} steps, {answers} answers of at most "
+        f"{budget.max_tokens} tokens",
+        answers=answers,
+        max_tokens=budget.max_tokens,
+        trained=runs * (max(budget.steps) * config.batch * (prompt + target) + single),
+    )
+
+
 @measure(
     "finetuning",
     source="Qi et al. 2023 (arXiv 2310.03693); Qi et al. 2025 (arXiv 2406.05946), section 4",
     sections=(SECTION, TOKENS),
     needs=("targets",),
     order=3,
+    work=_work,
+    limits=("prompts", "max_tokens", "data", "steps"),
 )
 def finetuning(session: Session) -> None:
     """ASR after fine-tuning on harmful, identity-shifting, backdoor and benign data."""
@@ -329,7 +352,7 @@ def _attack(session: Session, model: str, data: Data) -> None:
         _prompts(session),
         config,
         out=session.trials / "finetuning" / f"{folder_name(model)} {data}",
-        progress=session.progress.counter(f"{model}: fine-tuning, {data}"),
+        progress=session.counter(f"{model}: fine-tuning, {data}", "steps"),
     )
     points: dict[str, list[dict[str, Any]]] = result.to_dict()
     for name, rows in points.items():

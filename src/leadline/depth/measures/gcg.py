@@ -8,7 +8,8 @@ from hashlib import blake2b
 from itertools import accumulate
 from statistics import mean
 
-from ...registry import Section, measure
+from ...records import Prompt
+from ...registry import Section, Work, measure
 from ...report.depth import plots
 from ...report.depth.format import HALF, below, count, number, of_prompts, per_model, rate
 from ...report.depth.schema import Count, Depth, Rate
@@ -18,6 +19,8 @@ from ..curves import clustered_rate
 from ..gcg.search import search
 from ..gcg.surrogate import Surrogate
 from ..session import Session, texts
+
+_TURN = 8  # tokens of a chat template between a user's turn and the answer, about
 
 FEWEST = 10  # prompts; rates of fewer are in the table and the plot, and in no sentence
 
@@ -126,12 +129,38 @@ SECTION = Section(
 )
 
 
+def _work(session: Session) -> Work:
+    """A candidate is computed from its changed token on: on average half of the suffix, the end of
+    the user's turn, and the target."""
+    config = session.budget.gcg
+    prompt, target = session.lengths()
+    target = min(target, config.target_tokens or target)
+    suffix = len(config.suffix.split())
+    searches = len(session.models) * len(_prompts(session))
+    steps = searches * config.steps
+    answers = searches * (1 + config.steps // config.judge_every)
+    return Work(
+        f"{searches} searches of {config.steps} steps with {config.candidates} candidates",
+        answers=answers,
+        max_tokens=config.answer_tokens,
+        read=steps * config.candidates * (suffix // 2 + _TURN + target),
+        trained=steps * (prompt + suffix + target),
+    )
+
+
+def _prompts(session: Session) -> list[Prompt]:
+    few = session.budget.gcg_prompts
+    return session.targeted[:: max(1, len(session.targeted) // few)][:few]
+
+
 @measure(
     "gcg",
     source="Zou et al. 2023 (arXiv 2307.15043)",
     sections=(SECTION,),
     needs=("targets",),
     order=4,
+    work=_work,
+    limits=("gcg_prompts", "gcg.steps", "gcg.candidates", "gcg.answer_tokens"),
 )
 def gcg(session: Session) -> None:
     """ASR under adversarial suffixes, one searched for each of a few prompts."""
@@ -140,9 +169,8 @@ def gcg(session: Session) -> None:
 
 def _search(session: Session, model: str) -> None:
     """A prompt counts as broken from the step at which its suffix first broke it."""
-    config, few = session.budget.gcg, session.budget.gcg_prompts
-    prompts = session.targeted[:: max(1, len(session.targeted) // few)][:few]
-    progress = session.progress.counter(f"{model}: GCG")
+    config, prompts = session.budget.gcg, _prompts(session)
+    progress = session.counter(f"{model}: GCG", "steps")
     surrogate = Surrogate.load(model)
     broken: list[int | None] = []
     losses: list[list[float]] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...models.checkpoint import Checkpoint
 from ...records import LeadlineError
-from ...registry import Section, measure
+from ...registry import Section, Work, measure
 from ...report.depth import plots
 from ...report.depth.format import FIRST, HALF, count, greatest, named, nats, number, per_model
 from ...report.depth.schema import Depth, Position
@@ -129,12 +129,23 @@ SECTION = Section(
 )
 
 
+def _work(session: Session) -> Work:
+    prompts = len(session.targeted[: session.budget.kl_prompts])
+    prompt, target = session.lengths()
+    tokens = prompt + min(target, session.budget.kl_tokens)
+    pairs = sum(name != session.base for name in session.models)
+    text = f"{prompts} answers of about {min(target, session.budget.kl_tokens)} tokens, read twice"
+    return Work(text, read=2 * pairs * prompts * tokens)
+
+
 @measure(
     "kl",
     source="Qi et al. 2025 (arXiv 2406.05946), section 2",
     sections=(SECTION,),
     needs=("base", "targets"),
     order=2,
+    work=_work,
+    limits=("kl_prompts", "kl_tokens"),
 )
 def kl(session: Session) -> None:
     """KL divergence from the base model at each token of harmful answers."""
@@ -151,7 +162,7 @@ def kl(session: Session) -> None:
 
         def compute() -> dict[str, Any]:
             assert session.base
-            progress = session.progress.counter(f"{model}: KL by token")
+            progress = session.counter(f"{model}: KL by token", "prompts")
             return kl_by_token(
                 model, session.base, prompts, max_tokens=budget.kl_tokens, progress=progress
             ).to_dict()

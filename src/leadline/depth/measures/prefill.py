@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...registry import Section, measure
+from ...registry import Section, Work, measure
 from ...report.depth import plots
 from ...report.depth.format import (
     HALF,
@@ -229,12 +229,19 @@ SECTION = Section(
 )
 
 
+def _work(session: Session) -> Work:
+    prefilled = len(session.targeted) * len(session.budget.ks)
+    return session.answers(len(session.models) * (session.answered + prefilled))
+
+
 @measure(
     "prefill",
     source="Qi et al. 2025 (arXiv 2406.05946), section 2",
     sections=(SECTION,),
     needs=("targets",),
     order=1,
+    work=_work,
+    limits=("prompts", "max_tokens", "ks"),
 )
 def prefill(session: Session) -> None:
     """ASR with the first k tokens of a harmful answer prefilled, and the D50 of that curve."""

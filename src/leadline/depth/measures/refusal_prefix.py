@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...files import write_private
 from ...models import reasoning
 from ...models.template import Template
-from ...registry import Section, measure
+from ...registry import Section, Work, measure
 from ...report.depth import plots
 from ...report.depth.format import below, of_prompts, rate
 from ...report.depth.schema import Count, Depth, Rate
@@ -94,12 +94,18 @@ SECTION = Section(
 )
 
 
+def _work(session: Session) -> Work:
+    return session.answers(session.answered * (1 + len(REFUSALS)))
+
+
 @measure(
     "refusal_prefix",
     source="Qi et al. 2025 (arXiv 2406.05946), section 2, table 1",
     sections=(SECTION,),
     needs=("base",),
     order=6,
+    work=_work,
+    limits=("prompts", "max_tokens"),
 )
 def refusal_prefix(session: Session) -> None:
     """ASR of the base model with the start of a refusal prefilled."""

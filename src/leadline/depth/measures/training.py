@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ...records import LeadlineError
-from ...registry import Section, measure
+from ...registry import Section, Work, measure
 from ...report.depth import plots
 from ...report.depth.format import below, listed, rate
 from ...report.depth.schema import Count, Depth, Rate
@@ -99,6 +99,7 @@ SECTION = Section(
     source="leadline.align.SafetyCallback",
     sections=(SECTION,),
     order=8,
+    work=lambda session: Work("reads a file of the model's folder"),
 )
 def training(session: Session) -> None:
     """Rates measured by a SafetyCallback, where its file is in the model's folder."""
