@@ -26,7 +26,7 @@ from ..registry import MeasurePlugin, get, plugins, unknown
 from ..report.depth.findings import findings
 from ..report.depth.page import write_depth_report
 from ..version import __version__
-from .budgets import BUDGETS
+from .budgets import BUDGETS, Budget
 from .session import Session, tokenizer_of
 
 
@@ -60,7 +60,7 @@ def measure_depth(
     dataset: str | Mapping[str, Any] = "guild",
     judge: str | Mapping[str, Any] | None = None,
     out: str | Path = "leadline-depth",
-    budget: str = "standard",
+    budget: str | Budget = "standard",
     measures: str | Sequence[str] | None = None,
     listener: Listener | None = None,
 ) -> DepthReport:
@@ -69,9 +69,9 @@ def measure_depth(
     Models are folders (PEFT adapters too), hub ids or "organism:aligned". `base` is the model
     before alignment, with the same vocabulary: the measures `kl` and `refusal_prefix` need it.
     `dataset` and `judge` are written as in a study file (default judge: the dataset's own); some
-    measures need prompts with target answers. `budget` is "quick", "standard" or "full" (see
-    `leadline.depth.budgets`). `measures` are names from `leadline list measures` (None: all). A
-    call with the same arguments resumes one that was stopped.
+    measures need prompts with target answers. `budget` is "quick", "standard", "full", or limits of
+    your own (a `leadline.depth.budgets.Budget`). `measures` are names from `leadline list measures`
+    (None: all). A call with the same arguments resumes one that was stopped.
 
     Raises LeadlineError for invalid arguments, before anything is measured. A measure that fails
     for a model is skipped, with the reason in the report.
@@ -80,8 +80,9 @@ def measure_depth(
     if not names:
         raise LeadlineError("depth: no model: name at least one folder, hub id or organism")
     chosen = _measures(measures)
-    if budget not in BUDGETS:
-        raise LeadlineError(unknown("budget", budget, BUDGETS))
+    limits = budget if isinstance(budget, Budget) else BUDGETS.get(budget)
+    if limits is None:
+        raise LeadlineError(unknown("budget", str(budget), BUDGETS))
     names = list(dict.fromkeys(names))
     for name in [*names, *([] if base is None else [str(base)])]:
         Checkpoint.find(name)  # raises for an invalid model, before anything is measured
@@ -92,7 +93,7 @@ def measure_depth(
                 "as chat_template.jinja in its folder, or give this model as the base"
             )
     base = None if base is None else str(base)
-    session = Session(names, base, dataset, judge, Path(out), BUDGETS[budget], listener)
+    session = Session(names, base, dataset, judge, Path(out), limits, listener)
     _check_writable(Path(out))
     for plugin in plugins("measure"):
         if plugin not in chosen:
@@ -101,7 +102,7 @@ def measure_depth(
             session.skipped[plugin.name] = missing
         else:
             plugin.function(session)
-    return _report(session, budget)
+    return _report(session, budget if isinstance(budget, str) else "custom")
 
 
 def _measures(names: str | Sequence[str] | None) -> list[MeasurePlugin]:
