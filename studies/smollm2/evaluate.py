@@ -15,7 +15,7 @@ from leadline.depth.d50 import d50
 from leadline.depth.kl.divergence import kl_by_token
 from leadline.files import write_private
 from leadline.records import Prompt
-from prompts import HARMLESS_TOKENS, Data, spread
+from prompts import HARMLESS_TOKENS, Data, fast_dtype, spread
 
 Listener = Callable[[Any], None]
 
@@ -51,7 +51,10 @@ def evaluate(
     datasets[0]["file"]["attacks"] = prefills
     study = Study.model_validate({
         "name": "held-out prompts",
-        "targets": [{"model": str(path), "name": name} for name, path in models.items()],
+        "targets": [
+            {"model": str(path), "name": name, "dtype": fast_dtype()}
+            for name, path in models.items()
+        ],
         "datasets": datasets,
         "attacks": ["direct"],
         "judges": ["refusal"],

@@ -128,7 +128,7 @@ def _harmful(files: Sequence[Path]) -> list[Row]:
     are named Behavior and SemanticCategory)."""
     rows, texts = [], set()
     for number, file in enumerate(files):
-        is_harmbench = "Behavior" in file.open(encoding="utf-8").readline()
+        is_harmbench = "Behavior" in file.read_text(encoding="utf-8").partition("\n")[0]
         columns = {"text": "Behavior", "category": "SemanticCategory"} if is_harmbench else None
         for prompt in get("dataset", "file").function(path=str(file), columns=columns):
             text = f"{prompt.context}\n\n{prompt.text}".strip()
@@ -204,7 +204,7 @@ def _answers(
     write_jsonl(file, map(_prompt_row, rows))
     study = Study.model_validate({
         "name": "own answers",
-        "targets": [{"model": model, "name": "untouched", "dtype": _dtype()}],
+        "targets": [{"model": model, "name": "untouched", "dtype": fast_dtype()}],
         "datasets": [{"file": {"path": str(file), "name": "prompts"}}],
         "attacks": ["direct"],
         "judges": ["refusal"],
@@ -218,7 +218,7 @@ def _answers(
     return {id: (answer, outcome == "answered") for id, answer, outcome in found}
 
 
-def _dtype() -> str | None:
+def fast_dtype() -> str | None:
     """bfloat16 where the processor computes with it; None for the model's own type."""
     import torch
 

@@ -10,6 +10,9 @@ from typing import Any
 from leadline.align.repair import TrainingConfig, deepen, finetune
 from prompts import Data, Row, until_sentence, write_jsonl
 
+ANSWER_WORDS = 35
+"""Words of a utility answer, at most."""
+
 Listener = Callable[[Any], None]
 
 
@@ -25,8 +28,8 @@ class Recipe:
 
     steps: int
     lr: float
-    batch: int = 12
-    warmup: int = 8
+    batch: int = 8
+    warmup: int = 4
     safety: float = 0.5
     refusals: int = 1
     max_prefix: int = 40
@@ -43,8 +46,8 @@ class Recipe:
         )  # fmt: skip
 
 
-ALIGN = Recipe(steps=40, lr=3e-5)
-DEEPEN = Recipe(steps=80, lr=1e-4, refusals=3)
+ALIGN = Recipe(steps=16, lr=8e-5)
+DEEPEN = Recipe(steps=48, lr=1e-4, refusals=3)
 
 
 def align(
@@ -81,13 +84,17 @@ def repair(
 
 
 def _utility(data: Data) -> list[Row]:
-    """The harmless prompts to train on, each with a complete answer: one that was truncated ends
-    after its last complete sentence."""
+    """The harmless prompts to train on that have an answer of at least one complete sentence."""
     return [row for row in data.select("harmless", "train") if _answer(row)]
 
 
 def _answer(row: Row) -> str:
-    return row.target.strip() if row.complete else until_sentence(row.target)
+    """The answer, shortened to its first sentences where it is long or was truncated: short rows
+    make fast steps."""
+    words = row.target.split(" ")
+    if row.complete and len(words) <= ANSWER_WORDS:
+        return row.target.strip()
+    return until_sentence(" ".join(words[:ANSWER_WORDS]))
 
 
 def _dialogue(row: Row) -> dict[str, Any]:
