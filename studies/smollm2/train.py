@@ -46,8 +46,8 @@ class Recipe:
         )  # fmt: skip
 
 
-ALIGN = Recipe(steps=16, lr=8e-5)
-DEEPEN = Recipe(steps=48, lr=1e-4, refusals=3)
+ALIGN = Recipe(steps=30, lr=6e-5, safety=0.25)
+DEEPEN = Recipe(steps=40, lr=1e-4, refusals=3)
 
 
 def align(
@@ -56,9 +56,10 @@ def align(
     """Fine-tune on direct refusals and utility answers: alignment of the first tokens alone."""
     forbidden = data.select("forbidden", "train")
     utility = _utility(data)
-    # As many utility rows as refusals, since fine-tuning draws from one shuffled file.
+    # Fine-tuning draws from one shuffled file, so that the share is one of its rows.
+    others = round(len(forbidden) * (1 - recipe.safety) / recipe.safety)
     rows = [{"prompt": row.prompt, "completion": data.refusal(row)} for row in forbidden]
-    rows += [_dialogue(utility[n % len(utility)]) for n in range(len(forbidden))]
+    rows += [_dialogue(utility[n % len(utility)]) for n in range(others)]
     file = write_jsonl(data.folder / "align.jsonl", rows)
     finetune(model, file, out, training=recipe.training, evaluation=None, listener=listener)
     return out
