@@ -83,7 +83,7 @@ def test_lists_are_tables_or_json(leadline):
     datasets = {row["name"] for row in json.loads(leadline("list", "datasets", "--json").stdout)}
     assert datasets >= {
         "guild", "advbench", "harmbench", "xstest", "strongreject", "sorrybench",
-        "jailbreakbench", "hexphi", "file",
+        "jailbreakbench", "hexphi", "file", "magic",
     }  # fmt: skip
     judges = {row["name"] for row in json.loads(leadline("list", "judges", "--json").stdout)}
     assert judges >= {

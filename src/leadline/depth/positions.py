@@ -1,11 +1,11 @@
-"""Means by token position of an answer, with bootstrap intervals."""
+"""Means by token position of an answer and over all tokens, with bootstrap intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.intervals import LEVEL, RESAMPLES
+from ..analysis.intervals import LEVEL, RESAMPLES, Interval
 from ..report.depth.schema import Position
 
 if TYPE_CHECKING:
@@ -24,13 +24,8 @@ def by_position(values: Floats, bases: Sequence[str]) -> tuple[Position, ...]:
     """
     import numpy as np
 
-    names, base = np.unique(bases, return_inverse=True)
-    known = ~np.isnan(values)
-    n, total = np.zeros((2, len(names), values.shape[1]))
-    np.add.at(n, base, known)
-    np.add.at(total, base, np.where(known, values, 0))
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    total, n = _by_base(values, bases)
+    drawn = _draws(len(n))
     with np.errstate(invalid="ignore"):
         means = (drawn @ total) / (drawn @ n)
     points = []
@@ -43,3 +38,38 @@ def by_position(values: Floats, bases: Sequence[str]) -> tuple[Position, ...]:
         prompts = int(n[:, at].sum())
         points.append(Position(position=at, value=mean, low=low, high=high, n=prompts))
     return tuple(points)
+
+
+def over_tokens(values: Floats, bases: Sequence[str]) -> Interval:
+    """Mean of `values` over all tokens of all prompts, with an interval as in `by_position`: NaN
+    at both ends where there is one base prompt."""
+    import numpy as np
+
+    total, n = (of.sum(1) for of in _by_base(values, bases))
+    mean = float(total.sum() / n.sum())
+    if len(n) < 2:
+        return Interval(mean, np.nan, np.nan)
+    drawn = _draws(len(n))
+    means = (drawn @ total) / (drawn @ n)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return Interval(mean, low, high)
+
+
+def _by_base(values: Floats, bases: Sequence[str]) -> tuple[Floats, Floats]:
+    """Sums and numbers of the known values, [base prompts, positions] each."""
+    import numpy as np
+
+    names, base = np.unique(bases, return_inverse=True)
+    known = ~np.isnan(values)
+    n, total = np.zeros((2, len(names), values.shape[1]))
+    np.add.at(n, base, known)
+    np.add.at(total, base, np.where(known, values, 0))
+    return total, n
+
+
+def _draws(bases: int) -> Floats:
+    """How often each base prompt is drawn in each resample: [RESAMPLES, bases]."""
+    import numpy as np
+
+    probabilities = np.full(bases, 1 / bases)
+    return np.random.default_rng(0).multinomial(bases, probabilities, size=RESAMPLES)

@@ -16,12 +16,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...analysis.intervals import LEVEL, RESAMPLES
+from ...analysis.intervals import LEVEL, RESAMPLES, Interval
 from ...models.checkpoint import Checkpoint
 from ...models.memory import memory_errors
 from ...records import LeadlineError, Prompt
 from ...report.depth.schema import Position
-from ..positions import by_position
+from ..positions import by_position, over_tokens
 from ..tokenized import TokenizedPair, batches, tokenize_pairs
 from .head import Head, SplitModel
 
@@ -39,17 +39,21 @@ _ROWS = 256  # positions at a time
 @dataclass(frozen=True)
 class Divergence:
     """KL(model || reference) in nats by position: the distributions at position t predict answer
-    token t, counted from 0. `settings` is everything else that the numbers depend on."""
+    token t, counted from 0. `mean` is the KL per token over all answers, with its 95% interval.
+    `settings` is everything else that the numbers depend on."""
 
     model: str
     reference: str
     points: tuple[Position, ...]
+    mean: Interval
     settings: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, numbers and strings, for JSON."""
         points = [point.model_dump(exclude={"model"}) for point in self.points]
-        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "points": points}
+        mean = {k: v if math.isfinite(v) else None for k, v in self.mean._asdict().items()}
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**plain, "points": points, "mean": mean}
 
 
 def kl_by_token(
@@ -96,7 +100,8 @@ def kl_by_token(
         "resamples": RESAMPLES,
         "level": LEVEL,
     }
-    return Divergence(str(model), str(reference), by_position(values, bases), settings)
+    points, mean = by_position(values, bases), over_tokens(values, bases)
+    return Divergence(str(model), str(reference), points, mean, settings)
 
 
 def compare(
