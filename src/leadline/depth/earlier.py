@@ -75,7 +75,8 @@ def _keep(plugin: MeasurePlugin, data: dict[str, Any], earlier: dict[str, Any]) 
     for model in found:
         own = earlier["d50"].get(model, {}).items()
         own = {name: d50 for name, d50 in own if name.partition(":")[0] == plugin.name}
-        data["d50"] = {**data["d50"], model: {**own, **data["d50"].get(model, {})}}
+        if own:
+            data["d50"] = {**data["d50"], model: {**own, **data["d50"].get(model, {})}}
     if data["skipped"].get(plugin.name) == NOT_REQUESTED:
         del data["skipped"][plugin.name]
         if (reason := earlier["skipped"].get(plugin.name, NOT_REQUESTED)) != NOT_REQUESTED:

@@ -72,4 +72,4 @@ def _draws(bases: int) -> Floats:
     import numpy as np
 
     probabilities = np.full(bases, 1 / bases)
-    return np.random.default_rng(0).multinomial(bases, probabilities, size=RESAMPLES)
+    return np.random.default_rng(0).multinomial(bases, probabilities, RESAMPLES).astype(float)
