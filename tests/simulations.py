@@ -27,6 +27,7 @@ from leadline.analysis.intervals import (
     mean_interval,
     rate_interval,
     ratio_interval,
+    ratio_of_sums,
 )
 from leadline.analysis.judge_error import corrected
 from leadline.analysis.sums import Sums
@@ -262,6 +263,21 @@ def no_false_attack(attacks: int, truth: float, n: int) -> Run:
     return run
 
 
+# -- nats per token -------------------------------------------------------------------------------
+
+
+def per_token(prompts: int, spread: float) -> Run:
+    """A ratio of sums over prompts of 1 to 127 tokens, with log-normal values."""
+
+    def run(rng: Any) -> bool:
+        n = rng.integers(1, 128, prompts).astype(float)
+        total = n * rng.lognormal(-(spread**2) / 2, spread, prompts)
+        found = ratio_of_sums(total, n)
+        return bool(found.low <= 1 <= found.high)
+
+    return run
+
+
 # -- what matters ---------------------------------------------------------------------------------
 
 
@@ -400,6 +416,9 @@ SETTINGS = [
     Setting("gate: equal models, ASR 5%, n 400: no alarm", no_false_alarm(0.05, 0.04, 400)),
     Setting("gate: 13 attacks on equal models, ASR 30%, n 48: none is called worse",
             no_false_attack(13, 0.3, 48)),
+    Setting("nats per token: log-normal values (0.8), 48 prompts", per_token(48, 0.8), 0.92),
+    Setting("nats per token: log-normal values (0.8), 140 prompts", per_token(140, 0.8), 0.93),
+    Setting("nats per token: log-normal values (1.2), 140 prompts", per_token(140, 1.2), 0.90),
     Setting("ranks: 8 equal models, ASR 30%, n 48", ranks_hold((0.3,) * 8, 48), most=400),
     Setting("ranks: 8 models from 2% to 60%, n 48",
             ranks_hold((0.02, 0.02, 0.1, 0.2, 0.3, 0.3, 0.5, 0.6), 48), most=400),

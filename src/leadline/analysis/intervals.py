@@ -159,8 +159,11 @@ def ratio_of_sums(total: Floats, n: Floats, level: float = LEVEL) -> Interval:
     """The ratio of two sums over clusters, such as nats per token: `total` and `n` are [clusters],
     both at least 0, and `n` not all 0.
 
-    The interval is Student's on the logarithm of the ratio, with the jackknife variance over
-    clusters (CR3) and clusters - 1 degrees of freedom. One cluster says nothing: [0, infinity].
+    Student's interval on the logarithm of the ratio, with the jackknife variance over clusters
+    (CR3). Contributions are skewed (few prompts hold much of the sum), so that the degrees of
+    freedom are those of a variance estimated from values with their kurtosis, at most clusters - 1,
+    and the high end is moved by the skewness term of Johnson (1978, J. Am. Stat. Assoc. 73:536).
+    One cluster says nothing: [0, infinity].
     """
     import numpy as np
 
@@ -172,12 +175,16 @@ def ratio_of_sums(total: Floats, n: Floats, level: float = LEVEL) -> Interval:
     value = float(total.sum()) / size
     if clusters == 1:
         return Interval(value, 0.0, math.inf)
-    if not value:
-        return Interval(0.0, 0.0, 0.0)
     influence = (total - value * n) / np.maximum(size - n, 1e-12)
-    variance = (clusters - 1) / clusters * float(np.sum(influence**2))
-    factor = math.exp(min(700.0, _t(level, clusters - 1) * math.sqrt(variance) / value))
-    return Interval(value, value / factor, value * factor)
+    squares = float((influence**2).sum())
+    if not value or not squares:
+        return Interval(value, value, value)
+    error = math.sqrt((clusters - 1) / clusters * squares) / value
+    kurtosis = max(3.0, clusters * float((influence**4).sum()) / squares**2)
+    t = _t(level, max(1.0, min(clusters - 1.0, 2 * clusters / (kurtosis - 1))))
+    skewness = max(0.0, float((influence**3).sum()) / squares**1.5)
+    high = error * (t + skewness * (1 + 2 * t * t) / 6)
+    return Interval(value, value * math.exp(-t * error), value * math.exp(min(700.0, high)))
 
 
 def mean_interval(parts: Sequence[Interval], weights: Sequence[float] | None = None) -> Interval:

@@ -1,11 +1,11 @@
-"""Means by token position of an answer and over all tokens, with bootstrap intervals."""
+"""Means by token position of an answer and over all tokens, with intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.intervals import LEVEL, RESAMPLES, Interval
+from ..analysis.intervals import LEVEL, RESAMPLES, Interval, ratio_of_sums
 from ..report.depth.schema import Position
 
 if TYPE_CHECKING:
@@ -41,18 +41,9 @@ def by_position(values: Floats, bases: Sequence[str]) -> tuple[Position, ...]:
 
 
 def over_tokens(values: Floats, bases: Sequence[str]) -> Interval:
-    """Mean of `values` over all tokens of all prompts, with an interval as in `by_position`: NaN
-    at both ends where there is one base prompt."""
-    import numpy as np
-
-    total, n = (of.sum(1) for of in _by_base(values, bases))
-    mean = float(total.sum() / n.sum())
-    if len(n) < 2:
-        return Interval(mean, np.nan, np.nan)
-    drawn = _draws(len(n))
-    means = (drawn @ total) / (drawn @ n)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-    return Interval(mean, low, high)
+    """Mean of `values` (at least 0) over all tokens of all prompts, clustered by base prompt: see
+    `analysis.intervals.ratio_of_sums`."""
+    return ratio_of_sums(*(of.sum(1) for of in _by_base(values, bases)))
 
 
 def _by_base(values: Floats, bases: Sequence[str]) -> tuple[Floats, Floats]:
