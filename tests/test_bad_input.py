@@ -615,6 +615,8 @@ def test_an_attack_that_returns_something_else_is_named(tmp_path, server, plugin
     )
     assert outcomes == {"direct": "answered", "broken": "failed"}
     assert "the attack broken raised" in caplog.text
+    if case == "string as prefix":
+        assert "its prefix is a str, not a ResponsePrefix" in caplog.text
     assert command("report", tmp_path).status == 0
 
 
@@ -665,7 +667,10 @@ def test_a_judge_that_returns_something_else_is_named(tmp_path, server, plugin, 
     )  # fmt: skip
     results = run(study, tmp_path)
     assert results.progress.unscored == 2
-    assert results.progress.notes[0].startswith("the judge broken raised ")
+    note = results.progress.notes[0]
+    assert note.startswith("the judge broken raised ")
+    if not (isinstance(value, Verdict | Reluctant) or value is leave):
+        assert note.endswith("not a Verdict")
     scored = results.query(
         "SELECT j.name, count(unsafe) FROM verdicts JOIN judges j ON j.id=judge GROUP BY 1"
     )
@@ -851,6 +856,9 @@ def test_a_model_that_answers_something_else_fails_its_own_trials(tmp_path, serv
     results = run(study, tmp_path, models={"parrot": Parrot(value)})
     outcomes = results.query("SELECT model, outcome, count(*) FROM outcomes GROUP BY 1, 2")
     assert outcomes == [("m", "answered", 2), ("parrot", "failed", 2)]
+    if value != "prepare":
+        ((reason,),) = results.query("SELECT DISTINCT reason FROM outcomes WHERE reason <> ''")
+        assert reason.endswith("not a Response")
 
 
 # -- keys, signals, bugs ------------------------------------------------------------------------
