@@ -520,3 +520,13 @@ def test_a_curve_that_falls_is_reported_without_a_d50(tmp_path: Path) -> None:
     page, parsed = write(tmp_path, data)
     assert page.findings[0].endswith(f"; {note}.")
     assert parsed.row("m", "not defined") == ["m", "not defined", "–", "2.4"]
+
+
+def test_a_judge_that_sees_only_form_has_a_banner(tmp_path: Path) -> None:
+    caution = "It looks at the first letter only."
+    data = depth_data()
+    _, parsed = write(tmp_path, data)
+    assert not any(caution in text for text in parsed.text)
+    data["settings"] |= {"judge": "letters", "caution": caution}
+    _, parsed = write(tmp_path, data)
+    assert any(caution in text for text in parsed.text)

@@ -109,8 +109,8 @@ def depth(
     if as_json:
         print(report.json.read_text(encoding="utf-8"))
         return
-    for finding in report.findings:
-        say(f"- {finding}")
+    for line in filter(None, [*report.findings, report.caution]):
+        say(f"- {line}")
     say(f"Open {report.html}")
 
 

@@ -52,6 +52,11 @@ class DepthReport:
         return list(self.data["findings"])
 
     @property
+    def caution(self) -> str:
+        """What the judge's verdicts do not say ("": they are about content)."""
+        return str(self.data["settings"].get("caution", ""))
+
+    @property
     def d50(self) -> dict[str, dict[str, Any]]:
         """D50 by model and measure, with the fields of `report.depth.schema.D50`."""
         return dict(self.data["d50"])
@@ -254,7 +259,11 @@ def _report(session: Session, budget: str) -> DepthReport:
         "findings": [],
         **{name: session.points.get(name, []) for name in lists},
         "d50": session.d50,
-        "settings": {"judge": session.judge.label, **session.settings},
+        "settings": {
+            "judge": session.judge.label,
+            "caution": session.judge.caution,
+            **session.settings,
+        },
         "skipped": session.skipped,
     }
     data = json.loads(json.dumps(data, allow_nan=False))  # the same types as in the file
