@@ -78,7 +78,6 @@ def test_deepen_restores_the_last_weights_that_hold(files, tmp_path: Path, caplo
         )  # fmt: skip
     (warning,) = made.warnings
     assert "over_refusal rose by" in warning
-    assert "the last weights within the bound were restored" in warning
     assert "training stops" in caplog.text
     measured = json.loads((tmp_path / "o" / "safety" / "training.json").read_text())
     rises = {m["step"]: m["value"] for m in measured if m["measure"] == "over_refusal"}
@@ -86,6 +85,8 @@ def test_deepen_restores_the_last_weights_that_hold(files, tmp_path: Path, caplo
     assert max(rises.values()) > 0.05 + rises[0]
     held = max(step for step, value in rises.items() if value <= 0.05 + rises[0])
     assert f"restored the weights of step {held}" in caplog.text
+    which = f"the weights of step {held}" if held else "the weights before training"
+    assert f"training stopped, and {which} were restored: give a smaller --lr" in warning
     row = table(made.folder)["over-refusal"]
     assert row["after"]["value"] <= row["before"]["value"] + 0.05
     if held == 0:
