@@ -191,7 +191,7 @@ def test_a_models_own_answers_are_its_utility_data(tmp_path: Path, caplog):
     model = tiny_models.save(tmp_path / "model")
     refused = {"prompt": "Do harm.", "harmful": "Sure.", "refusal": "No."}
     (tmp_path / "harmful.jsonl").write_text(f"{json.dumps(refused)}\n" * 4)
-    training = TrainingConfig(lr=1e-6, steps=2, batch=4, max_length=150)
+    training = TrainingConfig(lr=1e-6, steps=2, batch=4, max_length=230)
     with caplog.at_level(logging.WARNING, "leadline"):
         made = repair.deepen(
             model, tmp_path / "harmful.jsonl", None, tmp_path / "out", training=training,

@@ -266,7 +266,11 @@ def to_dataset(rows: Sequence[data.Triplet | data.Dialogue]) -> Any:
     """The rows as a datasets.Dataset."""
     from datasets import Dataset
 
-    return Dataset.from_list([row.row() for row in rows])
+    cells = [row.row() for row in rows]
+    columns = dict.fromkeys(
+        name for row in cells for name in row
+    )  # from_list reads the first row's
+    return Dataset.from_list([columns | row for row in cells])
 
 
 def check_vocabularies(run: TrainingRun, teacher: Checkpoint) -> None:
