@@ -13,6 +13,7 @@ import transformers
 
 from leadline.align import data, harmless, preservation
 from leadline.align.data import Dialogue
+from leadline.align.training_run import to_dataset
 from leadline.align.turns import TurnFormat
 from leadline.analysis.intervals import ratio_of_sums
 from leadline.datasets.guild import guild
@@ -103,8 +104,9 @@ def test_the_end_of_a_truncated_answer_is_not_learned(tmp_path):
     )
     assert whole[: len(truncated)] == truncated
     assert len(whole) > len(truncated)
-    assert data.dialogue(ROWS[1].row(), "here").truncated
-    assert not data.dialogue(ROWS[0].row(), "here").truncated
+    stored = to_dataset(ROWS)
+    assert [data.dialogue(row, "here").truncated for row in stored] == [False, True, False]
+    assert to_dataset([ROWS[0]]).column_names == ["prompt", "completion"]
 
 
 def test_the_interval_of_a_ratio_covers_the_truth():

@@ -312,7 +312,7 @@ def test_a_prefill_sweep_shares_prefixes(monkeypatch: pytest.MonkeyPatch) -> Non
     prefill = registry.get("attack", "prefill").function
     prompts = [row for row in guild() if row.harmful][:8]
     requests = [
-        request_of(prefill(prompt, k=k), Sampling(max_tokens=48), "default", 0)
+        request_of(prompt, prefill(prompt, k=k), Sampling(max_tokens=48), "default", 0)
         for k in (0, 1, 2, 5, 10, 20, 30)
         for prompt in prompts
     ]

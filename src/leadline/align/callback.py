@@ -77,7 +77,8 @@ class SafetyCallback(TrainerCallback):  # type: ignore[misc]
     breached when the lower end of the paired difference's 95% interval is above it, and at the last
     step already when the difference itself is, so that no weights above it are kept with
     "rollback". `stop_below` ends training, without a breach, once all of its measures are at or
-    below their values and no bound is exceeded. `breach` and `reached` say why training ended.
+    below their values and no bound is exceeded. `breach` and `reached` say why training ended, and
+    `restored` is the step whose weights were restored.
 
     `every` is a number of steps, or a share of all steps if it is less than 1.
 
@@ -119,6 +120,7 @@ class SafetyCallback(TrainerCallback):  # type: ignore[misc]
         self._stop_above = stop_above
         self.max_rise, self.stop_below = dict(max_rise or {}), dict(stop_below or {})
         self.breach = self.reached = ""
+        self.restored: int | None = None
         self._rises: dict[str, Interval] = {}  # since the first measurement, by measure
         if study is None:
             study = _build_study(datasets or ["guild"], attacks or _ATTACKS, judges, sampling)
@@ -156,7 +158,7 @@ class SafetyCallback(TrainerCallback):  # type: ignore[misc]
                 "parallelism): train with DDP or ZeRO-2, or remove the callback and run a study on "
                 "the saved checkpoints"
             )
-        self._breached, self.breach, self.reached = False, "", ""
+        self._breached, self.breach, self.reached, self.restored = False, "", "", None
         if state.is_world_process_zero:  # drop measurements from after the resumed step
             self.measurements = [
                 m for m in _read_measurements(_folder(args)) if m["step"] < state.global_step
@@ -378,6 +380,7 @@ class SafetyCallback(TrainerCallback):  # type: ignore[misc]
 
     def _roll_back(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         unwrapped, folder = extract_model_from_parallel(model), _folder(args) / "last-safe"
+        self.restored = self._safe_step
         if state.is_world_process_zero:
             load_weights(unwrapped, folder)
             if self._model_hash(unwrapped) == self._safe_hash:

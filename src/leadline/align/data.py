@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -140,6 +141,16 @@ def check_lengths(
     turns = TurnFormat.of(template)
     for row in rows:
         encode(row, turns, max_length)
+
+
+def fitting(rows: Iterable[Dialogue], template: Template, max_length: int | None) -> list[Dialogue]:
+    """The rows that `check_lengths` accepts."""
+    turns, kept = TurnFormat.of(template), []
+    for row in rows:
+        with suppress(LeadlineError):
+            encode(row, turns, max_length)
+            kept.append(row)
+    return kept
 
 
 def encode(

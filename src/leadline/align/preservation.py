@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-_MOST_ROWS = 200  # rows that perplexity is measured on
+_MOST_ROWS = 100  # rows that perplexity is measured on
 _POSITIONS = 64  # positions whose logits are in memory at once
 
 
@@ -58,7 +58,7 @@ def preservation(
     """Compare the initial and the trained model.
 
     The `target` of each of `replies` is the initial model's answer to it; `rows` are those whose
-    answers' perplexity is measured (200 of them at most, evenly spread). Both models are in memory
+    answers' perplexity is measured (100 of them at most, evenly spread). Both models are in memory
     at once. Raises LeadlineError where a row has more than `max_length` tokens, or a model's logits
     are not finite.
     """

@@ -71,7 +71,7 @@ def deepen(
     narrow = "" if knows_the_guild(run.template.tokenizer) else narrowness(dialogues)
     if narrow:
         log.warning("%s", narrow)
-    data.check_lengths([*triplets, *dialogues], run.template, training.max_length)
+    data.check_lengths([*triplets, *([] if own else dialogues)], run.template, training.max_length)
     from .recovery import RecoveryConfig, RecoveryTrainer
 
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
@@ -86,6 +86,16 @@ def deepen(
         utility_tokens=_OWN_TOKENS if own else None,
     )
     notes = (*counts.sentences, *([narrow] if narrow else []))
+    if own:
+        fitting = data.fitting(dialogues, run.template, training.max_length)
+        if not fitting:
+            raise LeadlineError(
+                f"none of the model's own answers fits in max_length ({training.max_length} "
+                "tokens): raise it, or give --utility"
+            )
+        if longer := len(dialogues) - len(fitting):
+            notes = (*notes, f"{longer} of them were left out: longer than max_length")
+        dialogues = fitting
     data.check_lengths([*triplets, *dialogues], run.template, training.max_length)
 
     def build_trainer(model: Any, **rest: Any) -> Any:

@@ -181,7 +181,8 @@ class TrainingRun:
                 self._copy_safety_curves(checkpoints)
                 model.save_pretrained(self.out)
                 self.template.tokenizer.save_pretrained(self.out)
-                ended = {"breach": safety.breach, "reached": safety.reached} if safety else {}
+                names = ("breach", "reached", "restored") if safety else ()
+                ended = {name: getattr(safety, name) for name in names}
                 (self.folder / "trained").write_text(json.dumps(ended), encoding="utf-8")
 
     def _is_of(self, stored: str) -> bool:
@@ -193,7 +194,7 @@ class TrainingRun:
             other.pop("watch", None)
         return bool(one == other)
 
-    def _ended(self) -> dict[str, str]:
+    def _ended(self) -> dict[str, Any]:
         """Why training ended early, by the name of the SafetyCallback's attribute."""
         file = self.folder / "trained"
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -223,9 +224,7 @@ class TrainingRun:
         ended = self._ended()
         warnings: tuple[str, ...] = ()
         if breach := ended.get("breach"):
-            restored = self.watch and self.watch["on_breach"] == "rollback"
-            done = ": training stopped, and the last weights within the bound were restored"
-            warnings = (f"{breach}{done if restored else ''}",)
+            warnings = (breach + _restoration(ended.get("restored")),)
         if reached := ended.get("reached"):
             notes = (*notes, reached)
         if evaluation is None:
@@ -242,6 +241,18 @@ class TrainingRun:
         )  # fmt: skip
         os.replace(trials / "before_after.json", self.out / "before_after.json")
         return RepairResult(self.out, table, notes, (*warnings, *table.warnings))
+
+
+def _restoration(step: int | None) -> str:
+    """What was done about a breach, for its warning. `step` is the one whose weights were restored
+    (None: none were)."""
+    if step is None:
+        return ""
+    which = f"the weights of step {step}" if step else "the weights before training"
+    return (
+        f": training stopped, and {which} were restored: give a smaller --lr, or more varied "
+        "harmless rows"
+    )
 
 
 def _dataset(given: Any, template: Template, model: str | Path) -> Any:
@@ -262,7 +273,11 @@ def to_dataset(rows: Sequence[data.Triplet | data.Dialogue]) -> Any:
     """The rows as a datasets.Dataset."""
     from datasets import Dataset
 
-    return Dataset.from_list([row.row() for row in rows])
+    cells = [row.row() for row in rows]
+    columns = dict.fromkeys(
+        name for row in cells for name in row
+    )  # from_list reads the first row's
+    return Dataset.from_list([columns | row for row in cells])
 
 
 def check_vocabularies(run: TrainingRun, teacher: Checkpoint) -> None:

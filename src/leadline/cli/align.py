@@ -449,6 +449,8 @@ def _measured(measured: Mapping[str, Any] | None) -> str:
         return "none needed: half are broken without any"
     elif censored == "below":
         value = f"{measured['at']:g} or less"
+    if not measured["n"]:
+        return "–"
     return f"{value} [{text(measured['low'], 'open')}, {text(measured['high'], 'open')}]"
 
 
