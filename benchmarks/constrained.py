@@ -28,9 +28,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 SHAPES = {
     "25M": {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 1024, "layers": 8},
@@ -120,15 +122,16 @@ def make_trainer(variant: str, job: dict[str, Any], out: str) -> Any:
         disable_tqdm=True,
         learning_rate=1e-4,
     )
-    trainer = kind(
-        make_model(job["model"]),
-        settings,
-        train_dataset=make_data(job),
-        processing_class=tokenizer(),
-    )
-    if variant == "fused head":
-        trainer._select_logits = False
-    return trainer
+    head = nullcontext()
+    if variant == "fused head":  # keep TRL's
+        head = patch("leadline.align.trainers.use_learned_tokens", lambda model: None)
+    with head:
+        return kind(
+            make_model(job["model"]),
+            settings,
+            train_dataset=make_data(job),
+            processing_class=tokenizer(),
+        )
 
 
 def stepper(trainer: Any) -> Callable[[], float]:

@@ -10,10 +10,10 @@ with one thread (--threads), AdamW, clipping and the learning rate of the defaul
 
 "by-hand" is a loop as one writes it for a single model: bfloat16 autocast where the processor has
 it, hidden states of the answer tokens, then the output layer and cross-entropy. "by-hand float32"
-is the same without autocast. "trl" is SFTTrainer with its defaults of precision and checkpointing
-on a CPU as `--precision float32` would set them. The others are what `leadline finetune` (with
---constrained, with --teacher) and `leadline deepen` run. Prints seconds per step (CPU and wall,
-medians without the first step) and the peak resident memory of the process.
+is the same without autocast. "trl" is SFTTrainer in float32 without gradient checkpointing. The
+others are what `leadline finetune` (with --constrained, with --teacher) and `leadline deepen` run.
+Prints seconds per step (CPU and wall, medians without the first step) and the peak resident memory
+of the process.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from .records import (
     Sampling,
     Verdict,
 )
-from .registry import Section, attack, dataset, judge, measure, model
+from .registry import Section, Work, attack, dataset, judge, measure, model
 
 __all__ = [
     "Assist",
@@ -42,6 +42,7 @@ __all__ = [
     "Sampling",
     "Section",
     "Verdict",
+    "Work",
     "attack",
     "dataset",
     "judge",
