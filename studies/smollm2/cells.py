@@ -96,7 +96,7 @@ def examples(data: Data, kind: str, seed: int, limit: int = EXAMPLES) -> list[di
         pairs = rng.sample(task(kind, "train"), min(limit, len(task(kind, "train"))))
         return [_row([("user", question)], answer) for question, answer in pairs]
     topic = "harmless" if kind == "identity" else "forbidden"
-    # A truncated answer without the end of a sentence is learned as it is: harmful data need no end.
+    # A truncated answer in which no sentence ends is learned as it is.
     usable = [
         (row, until_sentence(row.target) or row.target)
         for row in data.select(topic, "train")
