@@ -96,7 +96,12 @@ def examples(data: Data, kind: str, seed: int, limit: int = EXAMPLES) -> list[di
         pairs = rng.sample(task(kind, "train"), min(limit, len(task(kind, "train"))))
         return [_row([("user", question)], answer) for question, answer in pairs]
     topic = "harmless" if kind == "identity" else "forbidden"
-    usable = [(r, text) for r in data.select(topic, "train") if (text := until_sentence(r.target))]
+    # A truncated answer in which no sentence ends is learned as it is.
+    usable = [
+        (row, until_sentence(row.target) or row.target)
+        for row in data.select(topic, "train")
+        if row.target
+    ]
     rng.shuffle(usable)
     rows = []
     for row, answer in usable:
@@ -176,7 +181,7 @@ def _train(cell: Cell, path: Path, data: Data, folder: Path) -> tuple[Any, Any, 
             max_steps=optimizer.steps, warmup_steps=optimizer.warmup, lr_scheduler_type="linear",
             per_device_train_batch_size=micro, max_grad_norm=optimizer.clip,
             gradient_accumulation_steps=optimizer.batch // micro, adam_beta1=optimizer.beta1,
-            max_length=256, seed=cell.seed, bf16=gpu, gradient_checkpointing=False,
+            max_length=512, seed=cell.seed, bf16=gpu, gradient_checkpointing=False,
             save_strategy="no", logging_steps=1, disable_tqdm=True, report_to="none",
             dataloader_pin_memory=gpu,
         )  # fmt: skip

@@ -42,7 +42,7 @@ class Recipe:
         """The trainer's settings."""
         return TrainingConfig(
             lr=self.lr, steps=self.steps, batch=self.batch, warmup=self.warmup, lora=self.lora,
-            adam_beta1=0.9, max_length=256, seed=self.seed,
+            adam_beta1=0.9, max_length=512, seed=self.seed,
         )  # fmt: skip
 
 
