@@ -72,4 +72,5 @@ def _draws(bases: int) -> Floats:
     import numpy as np
 
     probabilities = np.full(bases, 1 / bases)
-    return np.random.default_rng(0).multinomial(bases, probabilities, size=RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(bases, probabilities, size=RESAMPLES)
+    return drawn.astype(float)
