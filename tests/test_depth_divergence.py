@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -451,3 +452,25 @@ def test_importing_the_module_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("\n", "")
+
+
+def test_the_mean_over_tokens_is_that_of_the_positions_and_clustered() -> None:
+    import numpy as np
+
+    from leadline.depth.positions import by_position, over_tokens
+
+    values = np.random.default_rng(0).gamma(2.0, size=(40, 12))
+    for row in range(40):
+        values[row, 4 + row % 8 :] = np.nan
+    single = [str(row) for row in range(40)]
+    mean, points = over_tokens(values, single), by_position(values, single)
+    total = sum(p.known * p.n for p in points)
+    assert mean.value == pytest.approx(total / sum(p.n for p in points))
+    error = np.nanstd(values) / np.sqrt((~np.isnan(values)).sum())
+    assert mean.high - mean.low == pytest.approx(2 * 1.96 * error, rel=0.25)
+    # Each row twice under one base prompt says no more than each row once.
+    double = over_tokens(np.vstack([values, values]), single * 2)
+    assert double == pytest.approx(mean)
+    alone = over_tokens(values[:1], ["a"])
+    assert math.isnan(alone.low)
+    assert math.isnan(alone.high)
