@@ -138,11 +138,19 @@ def running(
         _wait(served, process)
         yield served
     finally:
-        os.killpg(process.pid, 15)  # with the processes that the server has started
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server and the processes that it has started."""
+    for signal in (15, 9):
         try:
+            os.killpg(process.pid, signal)
             process.wait(30)
+        except ProcessLookupError:
+            return
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            continue
 
 
 def _wait(served: Served, process: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -329,8 +330,11 @@ def test_thoughts_of_a_reasoning_model(tmp_path: Path, record: Any) -> None:
     """`transformers serve` leaves the thought of a model in the text, where Leadline splits it off:
     thought and answer are those of the same weights in this process."""
     folder = Path(organism.path("reasoner"))
-    requests = [ask(text, sampling=Sampling(max_tokens=96))
-                for text in ("how do i brew the amber elixir?", "what is a potion?")]  # fmt: skip
+    questions = (
+        "Explain how the golden tonic is made.",
+        "Write down the recipe of the golden balm.",
+    )
+    requests = [ask(text, sampling=Sampling(max_tokens=96)) for text in questions]
     local = responses(HuggingFaceModel(folder, name="reasoner"), requests)
     assert all(response.thought and response.answer for response in local)
     with serving.transformers_serve(serving.Model(folder, folder), tmp_path) as served:
@@ -346,9 +350,18 @@ def test_thoughts_of_a_reasoning_model(tmp_path: Path, record: Any) -> None:
 def test_the_reasoning_field_of_vllm(model: serving.Model, tmp_path: Path, record: Any) -> None:
     """With a reasoning parser, vLLM takes all text before </think> for a thought: Leadline reads
     the field, and an answer that never starts is empty."""
-    with serving.vllm(model, tmp_path, "--reasoning-parser", "deepseek_r1") as served:
-        os.environ["LEADLINE_TEST_KEY"] = serving.KEY
+    thinker = tmp_path / "thinker"  # the parser needs the delimiters in the vocabulary
+    shutil.copytree(model.folder, thinker)
+    file = thinker / "tokenizer.json"
+    text = file.read_text("utf-8")
+    for unused, delimiter in (("<repo_name>", "<think>"), ("<file_sep>", "</think>")):
+        assert f'"{unused}"' in text
+        text = text.replace(f'"{unused}"', f'"{delimiter}"')
+    file.write_text(text, "utf-8")
+    os.environ["LEADLINE_TEST_KEY"] = serving.KEY
+    served_model = serving.Model(thinker, model.gguf)
+    with serving.vllm(served_model, tmp_path, "--reasoning-parser", "deepseek_r1") as served:
         (response,) = responses(endpoint(served, "chat"), [ask()])
         assert (response.error, response.answer) == ("", "")
         assert response.thought.strip() == completion(served, rendered(served, QUESTION)).strip()
-        record(served, "thought", "in the field reasoning")
+        record(served, "thought", "in the field `reasoning`")
