@@ -874,23 +874,28 @@ def test_a_key_with_a_trailing_newline_is_stripped(tmp_path, server, study_file,
     assert server.headers[-1]["Authorization"] == "Bearer abc123"
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_is_handled_as_ctrl_c(tmp_path, server, study_file, number):
+def test_sigterm_is_handled_as_ctrl_c(tmp_path, server, study_file, number, in_background):
     server.delay = 0.05
     study = study_file(
         targets=[{"model": "m", "url": server.url, "concurrency": 1}], datasets=["guild"]
     )
     program = [str(Path(sys.executable).parent / "leadline"), "run", str(study), "--out", "out"]
     environment = {**os.environ, "FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"}
+    if in_background:  # as a script starts it: with SIGINT ignored
+        program = ["sh", "-c", '"$@" & echo $!; wait $!', "sh", *program]
     process = subprocess.Popen(
         program, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True,
     )  # fmt: skip
+    assert process.stdout
+    pid = int(process.stdout.readline()) if in_background else process.pid
     deadline = time.monotonic() + 60
     while sum(server.asked.values()) < 5 and time.monotonic() < deadline:
         time.sleep(0.05)
     answered = sum(server.asked.values())
-    process.send_signal(number)
+    os.kill(pid, number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert "leadline: interrupted; run the same command again to resume" in err

@@ -116,6 +116,10 @@ def stoppable() -> Iterator[None]:
         earlier = signal.signal(
             signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT)
         )
+        # A shell without job control starts background jobs with SIGINT ignored.
+        earlier_interrupt = signal.getsignal(signal.SIGINT)
+        if earlier_interrupt is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
@@ -124,3 +128,5 @@ def stoppable() -> Iterator[None]:
     finally:
         if on_main_thread:
             signal.signal(signal.SIGTERM, earlier)
+            if earlier_interrupt is signal.SIG_IGN:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
