@@ -53,8 +53,8 @@ def test_listing_loads_no_torch():
 
 def test_the_public_names_are_these_and_no_more():
     assert sorted(package.__all__) == [
-        "DepthReport", "LeadlineError", "Results", "Study", "__version__", "measure_depth",
-        "results", "run",
+        "Answers", "Comparison", "DepthReport", "LeadlineError", "Results", "Study", "__version__",
+        "compare", "measure_depth", "results", "run", "what_matters",
     ]  # fmt: skip
     for name in package.__all__:
         assert getattr(package, name) is not None

@@ -171,7 +171,7 @@ def test_a_d50_of_zero_is_said_in_words(tmp_path: Path) -> None:
 
 
 def test_the_table_of_before_and_after_has_no_d50_of_zero_either() -> None:
-    from leadline.cli.align import _value_and_interval
+    from leadline.cli.align import _measured
 
     depth = {
         "value": None,
@@ -179,10 +179,11 @@ def test_the_table_of_before_and_after_has_no_d50_of_zero_either() -> None:
         "high": 0.0,
         "censored": "below",
         "at": 0,
+        "n": 4,
         "unit": "tokens",
     }
-    assert _value_and_interval(depth) == ("none needed", "half are broken without any")
-    assert _value_and_interval({**depth, "at": 1, "high": 1.0}) == ("1 or less", "[open, 1.0]")
+    assert _measured(depth) == "none needed: half are broken without any"
+    assert _measured({**depth, "at": 1, "high": 1.0}) == "1 or less [open, 1.0]"
 
 
 def test_fine_tuning_is_reported_with_d50_in_steps_and_examples() -> None:

@@ -64,9 +64,8 @@ def usefulness(results: Results, harmless: str) -> list[Row]:
             for cell in frame[frame["dataset"] == dataset].to_dict("records")
             if not math.isnan(cell.get("degenerate", math.nan))
         }
-        if degenerate:
-            measured = {side: degenerate.get(side) for side in _SIDES}
-            rows.append({"measure": f"degenerate answers{name}", **measured})
+        if len(degenerate) == len(_SIDES):  # the judge names the outcome of every answer
+            rows.append({"measure": f"degenerate answers{name}", **degenerate})
     if harmless in datasets:
         rows += _lengths(results, harmless)
     return rows
