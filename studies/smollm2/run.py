@@ -253,9 +253,9 @@ def frontier_grid() -> Iterator[tuple[str, Any]]:
         yield f"share {share}", replace(DEEPEN, safety=share)
     for most in (10, 20):
         yield f"k up to {most}", replace(DEEPEN, max_prefix=most)
-    for steps in (50, 100, 400):
+    for steps in (50, 200, 400):
         yield f"steps {steps}", replace(DEEPEN, steps=steps)
-    for lr in (1e-5, 2e-5, 1e-4):
+    for lr in (1e-5, 5e-5, 1e-4):
         yield f"lr {lr:g}", replace(DEEPEN, lr=lr)
     yield "LoRA 16", replace(DEEPEN, lora=16, lr=5e-4)
     yield "LoRA 64", replace(DEEPEN, lora=64, lr=5e-4)

@@ -27,9 +27,9 @@ class Recipe:
     """
 
     steps: int
-    lr: float
-    batch: int = 8
-    warmup: int = 4
+    lr: float = 2e-5
+    batch: int = 12
+    warmup: int = 8
     safety: float = 0.5
     refusals: int = 1
     max_prefix: int = 40
@@ -46,8 +46,8 @@ class Recipe:
         )  # fmt: skip
 
 
-ALIGN = Recipe(steps=30, lr=6e-5, safety=0.25)
-DEEPEN = Recipe(steps=40, lr=1e-4, refusals=3)
+ALIGN = Recipe(steps=60)
+DEEPEN = Recipe(steps=100, refusals=3)
 
 
 def align(

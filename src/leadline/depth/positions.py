@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,10 @@ def by_position(values: Floats, bases: Sequence[str]) -> tuple[Position, ...]:
 
 def over_tokens(values: Floats, bases: Sequence[str]) -> Interval:
     """Mean of `values` (at least 0) over all tokens of all prompts, clustered by base prompt: see
-    `analysis.intervals.ratio_of_sums`."""
-    return ratio_of_sums(*(of.sum(1) for of in _by_base(values, bases)))
+    `analysis.intervals.ratio_of_sums`. NaN at both ends where there is one base prompt."""
+    total, n = (of.sum(1) for of in _by_base(values, bases))
+    found = ratio_of_sums(total, n)
+    return found if (n > 0).sum() > 1 else Interval(found.value, math.nan, math.nan)
 
 
 def _by_base(values: Floats, bases: Sequence[str]) -> tuple[Floats, Floats]:
