@@ -430,8 +430,8 @@ SETTINGS = [
         for term, kind in (("size", "within families"), ("architecture", "within families"),
                            ("distillation", "between families"))
     ),
-    Setting("any of 200 samples, from 20, n 100", extrapolated(100, 20, 200), most=50),
-    Setting("any of 10 samples, from 20, n 100", extrapolated(100, 20, 10), most=50),
+    Setting("any of 200 samples, from 20, n 100", extrapolated(100, 20, 200), most=400),
+    Setting("any of 10 samples, from 20, n 100", extrapolated(100, 20, 10), most=400),
     Setting("D50: logistic, n 48", crossing(4, 0.5, 48)),
     Setting("D50: 30% of prompts never break, n 48", crossing(4, 0.5, 48, never=0.3), 0.77),
     Setting("D50: 5% noise, n 48", crossing(4, 0.5, 48, noise=0.05), 0.52),
