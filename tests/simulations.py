@@ -38,7 +38,7 @@ from leadline.depth.d50 import d50
 from leadline.matters.compared import over_models
 from leadline.matters.external import any_of as any_of_k
 from leadline.matters.factors import Row as ModelRow
-from leadline.matters.factors import _estimator
+from leadline.matters.factors import estimator_of
 from leadline.matters.ranking import rank
 
 LOWEST = 0.93
@@ -316,7 +316,7 @@ def designed(models: int, families: int, term: str, kind: Any) -> tuple[list[Any
         }  # fmt: skip
         rows.append(ModelRow(str(at), str(family), 0.0, 0.5, values))
     terms = ["size", "architecture", "reasoning", "distillation"]
-    estimator = _estimator(rows, term, terms, kind)
+    estimator = estimator_of(rows, term, terms, kind)
     of = np.array([int(row.family) for row in rows])
 
     def run(rng: Any) -> bool:

@@ -15,7 +15,7 @@ import leadline
 from leadline.cli import app
 from leadline.comparison.gate import max_t
 from leadline.comparison.pairs import Pair, difference
-from leadline.comparison.power import _sums, power
+from leadline.comparison.power import power, verdicts
 from leadline.comparison.sides import Side
 from leadline.records import LeadlineError
 
@@ -273,7 +273,7 @@ def pair_of(a: int, b: int, c: int, d: int) -> Pair:
     candidate = np.array([True] * (a + b) + [False] * (c + d))
     baseline = np.array(([True] * a + [False] * b) + ([True] * c + [False] * d))
     empty = np.full(a + b + c + d, "", dtype=object)
-    return Pair("unsafe", _sums(baseline), _sums(candidate), empty)
+    return Pair("unsafe", verdicts(baseline), verdicts(candidate), empty)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,7 @@ def test_the_first_step_announces_the_time_of_all(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sessions, "_WORTH_SAYING", 0.0)
+    monkeypatch.setattr(sessions, "_SETTLED", 0.0)
     gcg = replace(BUDGETS["quick"].gcg, steps=3, candidates=8)
     budget = replace(BUDGETS["quick"], gcg_prompts=2, gcg=gcg)
     with caplog.at_level(logging.WARNING, "leadline"):

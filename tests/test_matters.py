@@ -251,7 +251,7 @@ def test_cr3_is_the_jackknife_of_ordinary_least_squares() -> None:
         ModelRow(str(n), f"f{of[n]}", float(y[n]), 0.0, {"size": x[n, 0], "stage": x[n, 1]})
         for n in range(24)
     ]
-    fit = factors._estimator(rows, "size", ["size", "stage"], "between families")(y)
+    fit = factors.estimator_of(rows, "size", ["size", "stage"], "between families")(y)
     design = np.column_stack([x, np.ones(24)])
     full = np.linalg.lstsq(design, y, rcond=None)[0][0]
     left = [np.linalg.lstsq(design[of != g], y[of != g], rcond=None)[0][0] for g in range(6)]

@@ -18,7 +18,7 @@ from ..depth.kl.head import SplitModel
 from ..depth.tokenized import TokenizedPair, batches, tokenize_pairs
 from ..models.checkpoint import Checkpoint
 from ..models.template import Template
-from ..records import Prompt
+from ..records import LeadlineError, Prompt
 from .data import Dialogue, encode
 from .turns import TurnFormat
 
@@ -84,9 +84,13 @@ def preservation(
     for number, model in enumerate((initial, trained) if row_pairs else ()):
         losses = _losses(model, row_pairs)
         mean = _clustered((pair.base, losses[pair.index]) for pair in row_pairs)
+        if not np.isfinite(mean.value):
+            raise LeadlineError(
+                f"{(before, after)[number].name}: its logits on the training rows are not finite, "
+                "so that its perplexity is not defined: leave out perplexity with --only"
+            )
         perplexities.append(Interval(*(math.exp(min(nats, 700.0)) for nats in mean)))
         report(len(pairs) + (number + 1) * len(row_pairs), total)
-        assert np.isfinite(mean.value)
     pair_of = (perplexities[0], perplexities[1]) if perplexities else None
     return Preservation(kl, len(pairs), pair_of, len(row_pairs))
 

@@ -165,9 +165,8 @@ def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies matrices in bfloat16 (AVX-512 BF16 or AMX)."""
     import torch
 
-    capabilities: Mapping[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # from PyTorch 2.11 on
+    # From PyTorch 2.11 on.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -274,9 +274,8 @@ def to_dataset(rows: Sequence[data.Triplet | data.Dialogue]) -> Any:
     from datasets import Dataset
 
     cells = [row.row() for row in rows]
-    columns = dict.fromkeys(
-        name for row in cells for name in row
-    )  # from_list reads the first row's
+    # from_list takes the columns of the first row.
+    columns = dict.fromkeys(name for row in cells for name in row)
     return Dataset.from_list([columns | row for row in cells])
 
 

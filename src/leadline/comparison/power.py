@@ -108,10 +108,11 @@ def draw(rng: Any, prompts: int, rate: float, discordant: float, worse: float) -
     broken = (discordant / 2 + worse) / (1 - rate)
     flips = rng.random(prompts) < np.where(first, fixed, min(1.0, broken))
     categories = np.full(prompts, "", dtype=object)
-    return Pair("unsafe", _sums(first), _sums(first ^ flips), categories)
+    return Pair("unsafe", verdicts(first), verdicts(first ^ flips), categories)
 
 
-def _sums(unsafe: Any) -> Sums:
+def verdicts(unsafe: Any) -> Sums:
+    """One scored answer to each of as many base prompts: whether it is unsafe, [prompts]."""
     import numpy as np
 
     at, once = np.arange(len(unsafe)), np.ones(len(unsafe))

@@ -34,6 +34,7 @@ from .budgets import Budget, duration
 
 log = logging.getLogger("leadline")
 _WORTH_SAYING = 60.0  # seconds of a part, from which on its time is announced
+_SETTLED = 5.0  # seconds after which the rate of a part is known
 
 
 class Session:
@@ -167,9 +168,9 @@ class Session:
     # -- progress ---------------------------------------------------------------------------------
 
     def counter(self, part: str, unit: str) -> Callable[[int, int], None]:
-        """A callback `(done, total)` that updates the progress of a part. After the first units it
-        announces the time that the part takes in total, if that is a minute or more."""
-        update, announce = self.progress.counter(part), FirstStep(part, unit)
+        """A callback `(done, total)` that updates the progress of a part. After some seconds
+        it announces the time that the part takes in total, if that is a minute or more."""
+        update, announce = self.progress.counter(part), TimeNotice(part, unit)
 
         def listen(done: int, total: int) -> None:
             announce(done, total)
@@ -215,7 +216,7 @@ class Session:
         }
         label = measure.replace("_", " ")
         update = self.progress.study(lambda target: f"{target}: {label}")
-        announce = FirstStep(label, "answers")
+        announce = TimeNotice(label, "answers")
 
         def listen(progress: Progress) -> None:
             done, total = sum(progress.done.values()), sum(progress.total.values())
@@ -273,23 +274,25 @@ class Session:
         return result
 
 
-class FirstStep:
-    """Times the first units of a part of the work, and then logs how long all of them take."""
+class TimeNotice:
+    """Logs how long a part of the work takes in total, once its rate is known."""
 
     def __init__(self, part: str, unit: str) -> None:
         self.part, self.unit = part, unit
-        self._began, self._first, self._announced = time.perf_counter(), 0, False
+        self._began, self._announced = time.perf_counter(), False
 
     def __call__(self, done: int, total: int) -> None:
-        """Called with the numbers of units that are complete and of all units."""
-        if self._announced or done <= self._first:
+        """Called with the numbers of units that are complete and of all units. The first units of a
+        batch say little, so that the first seconds are waited for."""
+        seconds = time.perf_counter() - self._began
+        if self._announced or done < 1 or seconds < _SETTLED:
             return
         self._announced = True
-        each = (time.perf_counter() - self._began) / (done - self._first)
-        if each * (total - self._first) >= _WORTH_SAYING:
+        each = seconds / done
+        if each * total >= _WORTH_SAYING:
             log.warning(
                 "%s: about %s for %s %s (%s each)",
-                self.part, duration(each * (total - self._first)), f"{total - self._first:,}",
+                self.part, duration(each * total), f"{total:,}",
                 self.unit, f"{each:.1f} s" if each >= 0.1 else f"{1000 * each:.0f} ms",
             )  # fmt: skip
 

@@ -171,6 +171,13 @@ def _of_ranking(found: Answers) -> list[Sentence]:
     return sentences
 
 
+_MORE = {
+    "size": "larger model", "architecture": "mixture of experts",
+    "reasoning": "model that thinks", "stage": "post-trained model",
+    "distillation": "distilled model", matched.TRAINING: "model trained further",
+}  # fmt: skip
+
+
 def _of_matched(found: Answers) -> list[Sentence]:
     sentences = []
     for name in dict.fromkeys(row.characteristic for row in found.matched):
@@ -185,9 +192,9 @@ def _of_matched(found: Answers) -> list[Sentence]:
         at, row = max(clear, key=lambda each: abs(each[1].found.difference.value))
         gap = row.found.difference
         text = (
-            f"Of {len(own)} matched pairs that differ in {name}, {up} have a clearly higher and "
-            f"{len(clear) - up} a clearly lower attack success rate; the largest difference is "
-            f"{_points(gap)} points, {row.more} against {row.less}."
+            f"Matched pairs that differ in {name} ({len(own)}): the attack success rate of the "
+            f"{_MORE[name]} is clearly higher in {up} and clearly lower in {len(clear) - up}; the "
+            f"largest difference is {_signed(gap)} points, {row.more} against {row.less}."
         )
         sentences.append(_sentence(text, gap, f"m.matched[{at}].found.difference"))
     return sentences
@@ -284,6 +291,10 @@ def _points(found: Interval) -> str:
     sign = -1 if found.value < 0 else 1
     low, high = sorted((sign * found.low, sign * found.high))
     return f"{100 * abs(found.value):.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _signed(found: Interval) -> str:
+    return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*(100 * x for x in found))
 
 
 def _times(found: Interval) -> str:

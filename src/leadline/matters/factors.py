@@ -209,7 +209,7 @@ _LEVELS = {
     "architecture": ("dense", "mixture-of-experts"),
     "reasoning": ("without thinking", "with thinking"),
     "stage": ("base models", "post-trained"),
-    "distillation": ("not distilled", "distilled"),
+    "distillation": ("undistilled", "distilled"),
 }
 
 
@@ -303,9 +303,11 @@ def _satterthwaite(covariance: Floats) -> float:
     return max(1.0, total**2 / squares) if squares else 1.0
 
 
-def _estimator(
+def estimator_of(
     rows: Sequence[Row], name: str, terms: Sequence[str], kind: Kind
 ) -> Callable[[Floats], Fit]:
+    """A function from the responses of all rows ([models]) to the coefficient of `name`, beside the
+    other `terms`, with family fixed effects or between families."""
     import numpy as np
 
     fixed = kind == "within families"
@@ -326,7 +328,7 @@ def _effect(rows: Sequence[Row], name: str, terms: Sequence[str], kind: Kind, ru
     import numpy as np
 
     response = np.array([row.logit for row in rows])
-    estimator = _estimator(rows, name, terms, kind)
+    estimator = estimator_of(rows, name, terms, kind)
     found = estimator(response)
     families = (
         identifying(rows, name)
@@ -337,7 +339,7 @@ def _effect(rows: Sequence[Row], name: str, terms: Sequence[str], kind: Kind, ru
     for family in families:
         others = [row for row in rows if row.family != family]
         if len({row.values[name] for row in others}) > 1:
-            left = _estimator(others, name, terms, kind)
+            left = estimator_of(others, name, terms, kind)
             values.append(left(np.array([row.logit for row in others])).value)
     values = values or [found.value]
     coverage, power = simulate(rows, name, terms, kind, runs)
@@ -368,7 +370,7 @@ def simulate(
     means = np.bincount(of, response) / np.bincount(of)
     between = max(0.3, float(means.std(ddof=1)) if len(families) > 1 else 0.3)
     column = np.array([row.values[name] for row in rows])
-    estimator = _estimator(rows, name, terms, kind)
+    estimator = estimator_of(rows, name, terms, kind)
     rng = np.random.default_rng(0)
     covered = found = 0
     for _ in range(runs):

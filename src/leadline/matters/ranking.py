@@ -38,11 +38,11 @@ def rank(
     all pairs, excludes 0 (Mogstad, Romano, Shaikh and Wilhelm 2024). Names without a common prompt
     are not compared, and can hold either order; those without any are left out.
     """
-    names = [name for name in names if pair(name, name)]
-    both = [(a, b) for a, b in combinations(names, 2) if pair(a, b)]
-    found = simultaneous([pair(a, b) for a, b in both], level) if both else []
-    lower: dict[Name, int] = dict.fromkeys(names, 0)
-    higher: dict[Name, int] = dict.fromkeys(names, 0)
+    own = {name: pairs for name in names if (pairs := pair(name, name))}
+    both = {(a, b): pairs for a, b in combinations(own, 2) if (pairs := pair(a, b))}
+    found = simultaneous(list(both.values()), level)
+    lower: dict[Name, int] = dict.fromkeys(own, 0)
+    higher: dict[Name, int] = dict.fromkeys(own, 0)
     for (a, b), each in zip(both, found, strict=True):
         if each.difference.low > 0:  # b is clearly higher than a
             higher[a] += 1
@@ -51,12 +51,7 @@ def rank(
             higher[b] += 1
             lower[a] += 1
     rows = [
-        Ranked(
-            label(name),
-            difference(pair(name, name)).baseline,
-            1 + lower[name],
-            len(names) - higher[name],
-        )
-        for name in names
+        Ranked(label(name), difference(pairs).baseline, 1 + lower[name], len(own) - higher[name])
+        for name, pairs in own.items()
     ]
     return sorted(rows, key=lambda row: (row.rate.value, row.first))
